@@ -1,0 +1,6 @@
+"""The algorithms, each one function of an environment's specs."""
+
+from tdmarl.algorithms.contract import Algorithm
+from tdmarl.algorithms.ppo import ippo, mappo
+
+__all__ = ["Algorithm", "ippo", "mappo"]

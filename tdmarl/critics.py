@@ -1,0 +1,254 @@
+"""Critics: what a state is worth to each agent, from as much of the state as training may see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.data import Bounded
+from torchrl.envs import EnvBase
+
+from tdmarl import reduce
+from tdmarl.actors import choices
+from tdmarl.keys import Group, Team, team
+from tdmarl.nets import AgentMLP, Sharing
+
+SCOPES = ("agent", "group", "team", "state")
+
+
+class JointInput(nn.Module):
+    """Gathers what a critic of one group sees: the scope's observations, and the other agents' actions if asked.
+
+    Args:
+        team (Team): the team, whose order of agents the input follows.
+        group (Group): the group that the critic values.
+        scope (str): ``agent`` (its own observation), ``group``, ``team`` (all observations) or ``state``.
+        other_actions (bool): append the actions of all agents of the team but the agent's own, which is zeroed.
+
+    Shape:
+        the entries of :attr:`in_keys` to ``[*B, n, f]``, or ``[*B, 1, f]`` where all agents see the same.
+    """
+
+    def __init__(self, team: Team, group: Group, scope: str, other_actions: bool) -> None:
+        super().__init__()
+        self.scope, self.other_actions, self.n_agents = scope, other_actions, group.n_agents
+        seen = {"agent": [group], "group": [group], "team": list(team), "state": []}[scope]
+        self.in_keys: list[NestedKey] = [g.key("observation") for g in seen] if seen else ["state"]
+        self.others: Tensor
+        self.n_observed = len(self.in_keys)
+        if scope == "agent":
+            self.features = group.observation_size
+        elif scope == "state":
+            assert team.state_size is not None  # checked by state_critic
+            self.features = team.state_size
+        else:
+            self.features = sum(g.n_agents * g.observation_size for g in seen)
+        self.encoders: list[
+            tuple[int, ...] | None
+        ] = []  # per group: sizes of discrete choices to be made one-hot
+        if not other_actions:
+            return
+        first, widths, offset = 0, [], 0
+        for g in team:
+            if g.name == group.name:
+                offset = first
+            if isinstance(g.action_spec, Bounded):
+                self.encoders.append(None)
+                width = g.action_spec.shape[-1]
+            else:
+                nvec, one_hot = choices(g.action_spec, g.key("action"))
+                self.encoders.append(None if one_hot else nvec)
+                width = sum(nvec)
+            self.in_keys.append(g.key("action"))
+            widths += [width] * g.n_agents
+            first += g.n_agents
+        owner = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))  # [all action entries]
+        mine = owner == offset + torch.arange(group.n_agents).unsqueeze(-1)  # [n, all action entries]
+        self.register_buffer("others", (~mine).float().to(group.device), persistent=False)
+        self.features += sum(widths)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        observed, actions = inputs[: self.n_observed], inputs[self.n_observed :]
+        if self.scope == "agent":
+            x = observed[0]  # [*B, n, o]
+        elif self.scope == "state":
+            x = observed[0].unsqueeze(-2)  # [*B, 1, s]
+        else:
+            x = torch.cat([o.flatten(-2) for o in observed], -1).unsqueeze(-2)  # [*B, 1, sum of n * o]
+        if not self.other_actions:
+            return x
+        joint = torch.cat([self._encode(a, nvec) for a, nvec in zip(actions, self.encoders)], -1)
+        rest = joint.unsqueeze(-2) * self.others  # [*B, n, all action entries]
+        return torch.cat([x.expand(*rest.shape[:-1], -1), rest], -1)
+
+    @staticmethod
+    def _encode(action: Tensor, nvec: tuple[int, ...] | None) -> Tensor:
+        if nvec is None:
+            return action.float().flatten(-2)
+        parts = action.unbind(-1) if len(nvec) > 1 else (action,)
+        return torch.cat([F.one_hot(p, k) for p, k in zip(parts, nvec)], -1).float().flatten(-2)
+
+
+class _Valued(nn.Module):
+    """Joint input and network as one module, for a TensorDictModule to name its entries."""
+
+    def __init__(self, joint: JointInput, net: nn.Module) -> None:
+        super().__init__()
+        self.joint, self.net = joint, net
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.net(self.joint(*inputs))
+
+
+def state_critic(
+    env: EnvBase,
+    group: str | Sequence[str] | None = None,
+    *,
+    scope: str = "team",
+    other_actions: bool = False,
+    share_params: Sharing = True,
+    agent_id: bool = True,
+    hidden: Sequence[int] = (64, 64),
+    activation: type[nn.Module] = nn.Tanh,
+    layer_norm: bool = False,
+) -> TensorDictModuleBase:
+    """Builds V, the critic of the PPO family.
+
+    IPPO's sees an agent's own observation (``scope="agent"``), MAPPO's the whole team's (``"team"``) or the
+    environment's global ``state``. With ``other_actions`` it is ``V(o, s, u')`` with ``u'`` the actions of all
+    agents but the one valued: a baseline that may know what the others do, since the advantage of the agent's own
+    action stays unbiased as long as the agent's own action is left out.
+
+    Args:
+        env (EnvBase): whose specs give the sizes; it is not stepped.
+        group (str or sequence of str, optional): the team; for several groups one network each, in sequence.
+        scope (str): ``agent``, ``group``, ``team`` or ``state``.
+        other_actions (bool): see above. The gradient with respect to the agent's own action is exactly zero.
+        share_params (bool or map): which agents of a group share a network; see :data:`tdmarl.nets.Sharing`.
+        agent_id (bool): tell a shared network whom it values. Without it a shared critic of a common input gives
+            every agent the same value, which is wrong as soon as rewards differ.
+        hidden, activation, layer_norm: see :class:`~tdmarl.nets.AgentMLP`.
+
+    Returns:
+        TensorDictModuleBase: writes ``(group, "state_value")`` ``[*B, n, 1]`` for each group.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} must be one of {SCOPES}.")
+    members = team(env, group)
+    if scope == "state" and members.state_size is None:
+        raise ValueError(
+            "scope='state' needs a root entry 'state' in the environment's observation spec; this one has "
+            f"{sorted(map(str, env.full_observation_spec.keys()))}. Use scope='team' for the joint observation."
+        )
+    modules: list[TensorDictModuleBase] = []
+    for member in members:
+        joint = JointInput(members, member, scope, other_actions)
+        net = AgentMLP(
+            member.n_agents, joint.features, 1, hidden=hidden, share=share_params,
+            agent_id=agent_id and share_params is not False and member.n_agents > 1, activation=activation,
+            layer_norm=layer_norm, output_gain=1.0, device=member.device,
+        )  # fmt: skip
+        modules.append(
+            TensorDictModule(_Valued(joint, net), in_keys=joint.in_keys, out_keys=[member.key("state_value")])
+        )
+    return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)
+
+
+class ValueNorm(nn.Module):
+    """Running moments of the returns, so that a critic may regress standardized targets.
+
+    MAPPO's value normalization (often called PopArt, which it is not: no layer is rescaled): exponential averages
+    of the batch mean and mean square, divided by the average's own weight,
+
+        ``m <- beta m + (1 - beta) mean(R)``, ``s <- beta s + (1 - beta) mean(R^2)``, ``w <- beta w + (1 - beta)``,
+        ``mu = m / w``, ``var = max(s / w - mu^2, 1e-2)``.
+
+    Source: Yu et al. 2022, "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games", and its code.
+
+    Args:
+        shape (sequence of int): ``(1,)``; ``(n, 1)`` for moments of each agent; ``(seeds, 1, ...)`` with a seed axis.
+        beta (float): weight of the past.
+        device (torch.device, optional): where the moments live.
+
+    Example:
+        >>> norm = ValueNorm()
+        >>> norm.update(torch.tensor([[1.0], [3.0], [8.0]]))
+        >>> norm.normalize(torch.tensor([3.0]))
+        tensor([-0.3397])
+    """
+
+    def __init__(
+        self, shape: Sequence[int] = (1,), *, beta: float = 0.99999, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.beta = beta
+        self.mean: Tensor
+        self.mean_square: Tensor
+        self.weight: Tensor
+        for name in ("mean", "mean_square", "weight"):  # double: 1 - beta is lost in single precision
+            self.register_buffer(name, torch.zeros(tuple(shape), dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def update(self, returns: Tensor, mask: Tensor | None = None) -> None:
+        """Takes in a batch of returns ``[*B, n, 1]``, of all ranks, where ``mask`` is True."""
+        per_agent = self.mean.ndim > 1 and self.mean.shape[-2] > 1
+        centre = reduce.mean(returns.double(), mask, per_agent=per_agent).reshape(self.mean.shape)
+        square = reduce.mean(returns.double().square(), mask, per_agent=per_agent).reshape(self.mean.shape)
+        ones = torch.ones_like(returns, dtype=torch.float64)
+        present = reduce.mean(ones, mask, per_agent=per_agent).reshape(
+            self.mean.shape
+        )  # 0 where nobody is alive
+        for moment, new in ((self.mean, centre), (self.mean_square, square), (self.weight, present)):
+            moment.mul_(1 - (1 - self.beta) * present).add_(new, alpha=1 - self.beta)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Debiased mean and standard deviation; 0 and 0.1 before the first update."""
+        weight = self.weight.clamp_min(1e-5)
+        centre = self.mean / weight
+        std = (self.mean_square / weight - centre.square()).clamp_min(1e-2).sqrt()
+        return centre.float(), std.float()
+
+    def normalize(self, returns: Tensor) -> Tensor:
+        """Reward units to the network's."""
+        centre, std = self.moments()
+        return (returns - centre) / std
+
+    def denormalize(self, values: Tensor) -> Tensor:
+        """The network's units to reward units."""
+        centre, std = self.moments()
+        return values * std + centre
+
+
+class NormalizedCritic(TensorDictModuleBase):
+    """Lets any critic regress standardized returns while everybody else reads reward units.
+
+    What the wrapped critic writes as ``(group, "state_value")`` becomes ``(group, "state_value_normalized")``, and
+    ``(group, "state_value")`` is that in reward units by the current moments: advantages, logs and TorchRL's
+    estimators never see the network's unit.
+
+    Args:
+        critic (TensorDictModuleBase): writes ``(group, "state_value")`` for each of ``norms``' groups.
+        norms (dict of str to ValueNorm): the moments of each group's returns.
+    """
+
+    def __init__(self, critic: TensorDictModuleBase, norms: dict[str, ValueNorm]) -> None:
+        super().__init__()
+        self.critic, self.norms = critic, nn.ModuleDict(norms)
+        self.in_keys = list(critic.in_keys)
+        names = ("state_value", "state_value_normalized")
+        self.out_keys = list(critic.out_keys) + [
+            (g, names[1]) for g in norms if (g, names[1]) not in critic.out_keys
+        ]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tensordict = self.critic(tensordict)
+        for name, norm in self.norms.items():
+            value = tensordict.get((name, "state_value"))
+            tensordict.set((name, "state_value_normalized"), value)
+            tensordict.set((name, "state_value"), norm.denormalize(value))  # type: ignore[operator]
+        return tensordict

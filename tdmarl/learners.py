@@ -1,0 +1,266 @@
+"""Schedules: how a collected batch becomes a number of optimization steps, and the buffers between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import LazyTensorStorage, RandomSampler, TensorDictReplayBuffer
+
+from tdmarl import reduce
+from tdmarl.step import Annealing, Step
+
+
+class Buffer(Protocol):
+    """What a learner asks of a buffer; TorchRL's replay buffers have it."""
+
+    def extend(self, data: TensorDictBase) -> Any: ...  # noqa: D102, E704
+
+    def sample(self) -> TensorDictBase: ...  # noqa: D102, E704
+
+
+class BatchBuffer:
+    """Holds the latest batch and goes through it in minibatches without replacement: the buffer of on-policy learning.
+
+    A batch ``[E, T]`` is cut into rows: ``[E * T]``, or ``[E * T / L, L]`` for sequences. Each epoch draws a new
+    permutation on the data's device. All minibatches have one size, so that shapes never change: the rows are
+    divided into ``ceil(rows / minibatch_size)`` equal parts, and the at most that many rows left over sit this epoch
+    out (unlike TorchRL's ``SamplerWithoutReplacement``, whose last minibatch is short).
+
+    Args:
+        minibatch_size (int, optional): the most rows in a minibatch; None takes all rows at once.
+        num_epochs (int): how often the batch is gone through.
+        sequence_length (int): ``L``; 1 is feed-forward and leaves no time dimension.
+        apart (sequence of (str, int)): groups with their number of agents whose agents draw *their own* rows each: a
+            minibatch then holds one block of rows per agent, in which ``(group, "mask")`` is True for that agent
+            alone, so that every joint input is taken at that agent's rows. Empty: all agents share the rows.
+        seed_axis (bool): the batch is ``[seeds, E, T]``; each seed draws its own rows.
+        generator (torch.Generator, optional): of the permutations; made on the data's device if None, from seed 0.
+    """
+
+    def __init__(
+        self,
+        minibatch_size: int | None = None,
+        num_epochs: int = 1,
+        *,
+        sequence_length: int = 1,
+        apart: Sequence[tuple[str, int]] = (),
+        seed_axis: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, number in (
+            ("minibatch_size", minibatch_size or 1),
+            ("num_epochs", num_epochs),
+            ("sequence_length", sequence_length),
+        ):
+            if number < 1:
+                raise ValueError(f"{name}={number} must be at least 1.")
+        self.minibatch_size, self.num_epochs, self.sequence_length = (
+            minibatch_size,
+            num_epochs,
+            sequence_length,
+        )
+        self.apart, self.seed_axis = list(apart), seed_axis
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self._rows: TensorDictBase | None = None
+        self._parts: list[Tensor] = []
+
+    @property
+    def n_minibatches(self) -> int:
+        """Minibatches in an epoch of the batch held."""
+        return -(-len(self) // (self.minibatch_size or max(1, len(self))))
+
+    @property
+    def n_updates(self) -> int:
+        """Minibatches in all epochs of the batch held."""
+        return self.num_epochs * self.n_minibatches
+
+    def __len__(self) -> int:
+        """Rows held (of each seed)."""
+        return 0 if self._rows is None else self._rows.shape[int(self.seed_axis)]
+
+    def extend(self, data: TensorDictBase) -> None:
+        """Replaces the batch held.
+
+        Args:
+            data (TensorDictBase): ``[E, T]``, any number of leading dimensions; ``[seeds, E, T]`` with a seed axis.
+
+        Raises:
+            ValueError: if ``T`` is no multiple of ``sequence_length`` or a minibatch would be larger than the batch.
+        """
+        length, first = self.sequence_length, int(self.seed_axis)
+        if length > 1:
+            steps = data.shape[-1]
+            if steps % length:
+                raise ValueError(
+                    f"The batch has {steps} steps in time, which is no multiple of sequence_length={length}: collect "
+                    f"{steps - steps % length or length} or {steps + length - steps % length} steps of each environment."
+                )
+            data = data.reshape(*data.shape[:-1], steps // length, length)
+            data = data.flatten(first, -2) if data.ndim > first + 2 else data
+        else:
+            data = data.flatten(first, -1) if data.ndim > first + 1 else data
+        rows = data.shape[first]
+        if self.minibatch_size is not None and self.minibatch_size > rows:
+            raise ValueError(
+                f"minibatch_size={self.minibatch_size} is larger than the batch of {rows} rows of length {length}: "
+                f"lower it to at most {rows}, or collect more frames."
+            )
+        self._rows, self._parts = data, []
+
+    def sample(self) -> TensorDictBase:
+        """The next minibatch, ``[M]`` or ``[M, L]``; ``[seeds, M, ...]`` with a seed axis."""
+        if self._rows is None:
+            raise RuntimeError("The buffer is empty: extend it with a batch before sampling.")
+        if not self._parts:
+            self._parts = self._epoch()
+        index = self._parts.pop(0)
+        if self.apart:
+            return self._apart(index)
+        if self.seed_axis:
+            seeds = torch.arange(len(index), device=index.device).unsqueeze(-1)
+            return self._rows[seeds, index]
+        return self._rows[index]
+
+    def _epoch(self) -> list[Tensor]:
+        """Row indices of an epoch's minibatches: ``[M]``, or one such row of indices per seed or agent."""
+        assert self._rows is not None
+        rows, blocks = (
+            len(self),
+            self._rows.shape[0] if self.seed_axis else sum(n for _, n in self.apart) or None,
+        )
+        size = rows // self.n_minibatches
+
+        def permutation() -> Tensor:
+            order = torch.randperm(rows, generator=self.generator, device=self.generator.device)
+            return order[: size * self.n_minibatches]
+
+        order = permutation() if blocks is None else torch.stack([permutation() for _ in range(blocks)])
+        return list(order.split(size, -1))
+
+    def _apart(self, index: Tensor) -> TensorDictBase:
+        assert self._rows is not None
+        data = self._rows[index.flatten()]
+        size, block = index.shape[1], 0
+        for group, n_agents in self.apart:
+            mine = torch.zeros(len(index), n_agents, dtype=torch.bool, device=index.device)  # [blocks, n]
+            mine[block : block + n_agents] = torch.eye(n_agents, dtype=torch.bool, device=index.device)
+            mine = mine.repeat_interleave(size, 0)  # [blocks * M, n]
+            alive = data.get((group, "mask"), None)
+            if alive is not None:
+                mine = mine.reshape(-1, *[1] * (alive.ndim - 2), n_agents) & alive
+            else:
+                mine = mine.reshape(-1, *[1] * (data.ndim - 1), n_agents).expand(*data.shape, n_agents)
+            data.set((group, "mask"), mine)
+            block += n_agents
+        return data
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state; the batch itself is used up within one iteration."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.generator.set_state(state["generator"].cpu())
+        self._rows, self._parts = None, []
+
+
+def replay_buffer(
+    capacity: int, batch_size: int, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> TensorDictReplayBuffer:
+    """A TorchRL replay buffer on the data's device that samples uniformly: the buffer of off-policy learning.
+
+    Args:
+        capacity (int): rows kept; older ones are overwritten.
+        batch_size (int): rows of a sample.
+        seed (int): of the samples.
+        device (torch.device): where the rows lie (TorchRL's own default is the CPU).
+    """
+    return TensorDictReplayBuffer(
+        storage=LazyTensorStorage(capacity, device=device),
+        sampler=RandomSampler(),
+        batch_size=batch_size,
+        generator=torch.Generator(device=device).manual_seed(seed),
+    )
+
+
+class Learner:
+    """Prepares a batch, stores its rows, and takes steps on samples: the schedule of every algorithm but HAPPO.
+
+    On-policy and off-policy learning differ by the buffer alone.
+
+    Args:
+        step (Step): one optimization step.
+        buffer (Buffer): a :class:`BatchBuffer`, or any TorchRL replay buffer.
+        updates (int, optional): steps per batch; None asks a :class:`BatchBuffer` for its epochs.
+        prepare (callable, optional): batch to batch, such as :class:`~tdmarl.prepare.Advantage`.
+        annealing (Annealing, optional): advanced by the frames of each batch, after its updates.
+        mode (str): see :meth:`Step.accelerate`.
+
+    Returns:
+        calling it with a batch ``[*B, T]`` returns a tensordict of metrics, averaged over the steps, on the device.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        buffer: Buffer,
+        *,
+        updates: int | None = None,
+        prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        annealing: Annealing | None = None,
+        mode: str = "auto",
+    ) -> None:
+        if updates is None and not hasattr(buffer, "n_updates"):
+            raise ValueError(
+                f"updates=None needs a BatchBuffer; say how many steps to take on {type(buffer).__name__}."
+            )
+        self.step, self.buffer, self.updates, self.prepare, self.annealing = (
+            step,
+            buffer,
+            updates,
+            prepare,
+            annealing,
+        )
+        self._take = step.accelerate(mode)
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        frames = batch.numel() // (batch.shape[0] if self.step.seed_axis else 1)
+        batch = batch.copy()  # entries are added; the caller's batch stays as it is
+        if self.prepare is not None:
+            with torch.no_grad(), reduce.seed_axis(self.step.seed_axis):
+                batch = self.prepare(batch)
+        self._check(batch)
+        self.buffer.extend(batch.select(*self.step.in_keys, *self.step.optional_keys, strict=False))
+        self.step.begin()
+        taken = self.buffer.n_updates if self.updates is None else self.updates  # type: ignore[attr-defined]
+        metrics = [self._take(self.buffer.sample()) for _ in range(taken)]
+        if self.annealing is not None:
+            self.annealing.advance(frames)
+        names = list(dict.fromkeys(key for m in metrics for key in m.keys()))
+        found = {name: torch.stack([m.get(name) for m in metrics if name in m.keys()]) for name in names}
+        return TensorDict({name: values.sum(0) / len(values) for name, values in found.items()})
+
+    def _check(self, batch: TensorDictBase) -> None:
+        missing = [key for key in self.step.in_keys if batch.get(key, None) is None]
+        if missing:
+            here = sorted(map(str, batch.keys(True, True)))
+            raise KeyError(
+                f"The losses read {missing}, which neither the collector nor prepare wrote. The batch has {here}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that learning changes: losses, optimizers, buffer, schedules, generators."""
+        state = {"step": self.step.state_dict(), "buffer": self.buffer.state_dict()}  # type: ignore[attr-defined]
+        return state | ({"annealing": self.annealing.state_dict()} if self.annealing is not None else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.step.load_state_dict(state["step"])
+        self.buffer.load_state_dict(state["buffer"])  # type: ignore[attr-defined]
+        if self.annealing is not None:
+            self.annealing.load_state_dict(state["annealing"])

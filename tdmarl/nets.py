@@ -1,0 +1,192 @@
+"""Networks over the agents of a group, as plain modules with plain parameters: ``[*B, n, in] -> [*B, n, out]``.
+
+Nothing here is a TensorDict module and no parameter is swapped at run time: TorchRL's ``MultiAgentMLP`` breaks
+``torch.compile`` inside a loss, and with ``use_td_params=False`` it ignores target parameters without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Sharing = Union[bool, Sequence[Sequence[int]]]
+"""True: one set of parameters; False: one per agent; ``[[0, 1], [2]]``: agents 0 and 1 share, 2 has its own."""
+
+GAINS = {nn.Tanh: 5 / 3, nn.ReLU: math.sqrt(2)}
+
+
+def parameter_sets(n_agents: int, share: Sharing) -> list[int]:
+    """Which set of parameters each agent uses.
+
+    Example:
+        >>> parameter_sets(3, True), parameter_sets(3, False), parameter_sets(3, [[0, 2], [1]])
+        ([0, 0, 0], [0, 1, 2], [0, 1, 0])
+    """
+    if isinstance(share, bool):
+        return [0] * n_agents if share else list(range(n_agents))
+    sets = {agent: index for index, members in enumerate(share) for agent in members}
+    if sorted(agent for members in share for agent in members) != list(range(n_agents)):
+        raise ValueError(
+            f"The sharing map {[list(m) for m in share]} must name each of the agents 0 to {n_agents - 1} exactly "
+            "once, such as [[0, 1], [2]]; or give True (all share) or False (none)."
+        )
+    return [sets[agent] for agent in range(n_agents)]
+
+
+class AgentLinear(nn.Module):
+    """A linear layer with one set of parameters for all agents, one each, or one for each part of them.
+
+    With ``agent_id`` the layer also reads which agent it serves: the same function as appending a one-hot
+    identity to its input, computed as a row added to the output.
+
+    Args:
+        n_agents (int): ``n``.
+        in_features (int): ``in``.
+        out_features (int): ``out``.
+        share (bool or sequence of sequences of int): see :data:`Sharing`.
+        agent_id (bool): let the layer know the agent's index.
+        gain (float): of the orthogonal initialization, done for each set apart (biases start at zero).
+        device (torch.device, optional): where the parameters live.
+
+    Shape:
+        ``[*B, n, in]``, or ``[*B, 1, in]`` for one input common to all agents, to ``[*B, n, out]``. The output of
+        a common input stays ``[*B, 1, out]`` while nothing tells the agents apart.
+    """
+
+    def __init__(
+        self,
+        n_agents: int,
+        in_features: int,
+        out_features: int,
+        *,
+        share: Sharing = True,
+        agent_id: bool = False,
+        gain: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        sets = parameter_sets(n_agents, share)
+        n_sets = max(sets) + 1
+        ids = n_agents if agent_id else 0
+        weight = torch.empty(n_sets, out_features, in_features + ids)
+        for part in weight:  # `nn.init` takes the first dimension of a stack for a fan
+            nn.init.orthogonal_(part, gain)
+        weight = weight.transpose(1, 2).contiguous()  # [sets, in + ids, out]
+        self.weight = nn.Parameter(weight[:, :in_features].clone().to(device))  # [sets, in, out]
+        self.bias = nn.Parameter(torch.zeros(n_sets, out_features, device=device))  # [sets, out]
+        own = weight[torch.tensor(sets), in_features + torch.arange(n_agents)] if agent_id else None
+        self.agent = nn.Parameter(own.to(device)) if own is not None else None  # [n, out]
+        self.sets = None if n_sets in (1, n_agents) else sets
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if self.sets is not None:
+            weight, bias = (
+                torch.stack([weight[s] for s in self.sets]),
+                torch.stack([bias[s] for s in self.sets]),
+            )
+        if len(weight) == 1:
+            y = F.linear(x, weight[0].T, bias[0])
+        else:
+            x = x.expand(*x.shape[:-2], len(weight), -1)
+            y = torch.einsum("...ni,nio->...no", x, weight) + bias
+        return y if self.agent is None else y + self.agent
+
+
+class AgentNorm(nn.Module):
+    """Layer normalization over features with parameters shared as an :class:`AgentLinear`'s are."""
+
+    def __init__(
+        self, n_agents: int, features: int, *, share: Sharing = True, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        sets = parameter_sets(n_agents, share)
+        self.weight = nn.Parameter(torch.ones(max(sets) + 1, features, device=device))
+        self.bias = nn.Parameter(torch.zeros(max(sets) + 1, features, device=device))
+        self.sets = None if max(sets) + 1 in (1, n_agents) else sets
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if self.sets is not None:
+            weight, bias = (
+                torch.stack([weight[s] for s in self.sets]),
+                torch.stack([bias[s] for s in self.sets]),
+            )
+        return F.layer_norm(x, x.shape[-1:]) * weight + bias
+
+
+class AgentMLP(nn.Module):
+    """A multi-layer perceptron for each agent of a group: the network of every feed-forward actor and critic.
+
+    Args:
+        n_agents (int): ``n``.
+        in_features (int): ``in``.
+        out_features (int): ``out``.
+        hidden (sequence of int): widths of the hidden layers.
+        share (bool or sequence of sequences of int): which agents share parameters; see :data:`Sharing`.
+        agent_id (bool): let a network that several agents share know whom it serves.
+        activation (type): after each hidden layer.
+        layer_norm (bool): normalize the input and each hidden layer, as MAPPO's code does.
+        output_gain (float): of the last layer's orthogonal initialization; MAPPO: 0.01 for policies, 1 for values.
+        device (torch.device, optional): where the parameters live.
+
+    Shape:
+        ``[*B, n, in]`` (or ``[*B, 1, in]``, an input common to all agents) to ``[*B, n, out]``.
+
+    Example:
+        >>> AgentMLP(3, 4, 2, share=[[0, 1], [2]])(torch.zeros(5, 3, 4)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self,
+        n_agents: int,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        share: Sharing = True,
+        agent_id: bool = False,
+        activation: type[nn.Module] = nn.Tanh,
+        layer_norm: bool = False,
+        output_gain: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_agents, self.in_features, self.out_features = n_agents, in_features, out_features
+        gain = GAINS.get(activation, 1.0)
+        layers: list[nn.Module] = []
+        if layer_norm:
+            layers.append(AgentNorm(n_agents, in_features, share=share, device=device))
+        width = in_features
+        for i, size in enumerate(hidden):
+            first = agent_id and i == 0
+            layers += [
+                AgentLinear(n_agents, width, size, share=share, agent_id=first, gain=gain, device=device)
+            ]
+            layers += [activation()]
+            if layer_norm:
+                layers.append(AgentNorm(n_agents, size, share=share, device=device))
+            width = size
+        first = agent_id and not hidden
+        layers.append(
+            AgentLinear(
+                n_agents, width, out_features, share=share, agent_id=first, gain=output_gain, device=device
+            )
+        )
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features or x.shape[-2] not in (1, self.n_agents):
+            raise ValueError(
+                f"AgentMLP got an input of shape {tuple(x.shape)}; expected [*B, {self.n_agents}, {self.in_features}]."
+            )
+        y = self.layers(x)
+        return y.expand(*y.shape[:-2], self.n_agents, -1)

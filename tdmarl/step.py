@@ -1,0 +1,247 @@
+"""One optimization step as one function of a minibatch: the only place in the library that calls ``backward``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import CudaGraphModule, TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdmarl import reduce
+
+MODES = ("auto", "eager", "compile", "cudagraph")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loss with the optimizer of the parameters it trains.
+
+    Args:
+        loss (TensorDictModuleBase): writes scalars; those named ``loss_*`` are summed and differentiated, the
+            others are metrics. Its ``in_keys`` (and ``optional_keys``, if it has that attribute) are what it reads.
+        optim (torch.optim.Optimizer): over what this part trains, and nothing else gets a gradient from it.
+        max_grad_norm (float, optional): clips the gradients of this part by their common norm; None measures only.
+        every (int): take part in every so many steps only, such as TD3's delayed actor.
+        stop_above (tuple of str and float, optional): once the metric of that name exceeds the number, this part
+            stands still until :meth:`Step.begin` is called; how PPO stops early by KL. Decided on the device, so it
+            needs a fused optimizer: its ``found_inf`` leaves parameters, moments and step count unchanged.
+        name (str): tells this part's ``grad_norm_<name>`` from the others'.
+        prefix (str): put before all of this part's metrics, such as the group's name where there are several.
+    """
+
+    loss: TensorDictModuleBase
+    optim: torch.optim.Optimizer
+    max_grad_norm: float | None = None
+    every: int = 1
+    stop_above: tuple[str, float] | None = None
+    name: str = ""
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every={self.every} must be at least 1.")
+        if self.stop_above is not None and not self.optim.defaults.get("fused"):
+            raise ValueError(
+                "stop_above needs an optimizer made with fused=True, whose found_inf can hold a step back."
+            )
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters that the optimizer holds."""
+        return [p for group in self.optim.param_groups for p in group["params"]]
+
+
+class Step:
+    """Losses, optimizers, clipping and target update, as one function of a minibatch.
+
+    The parts run in order, each with a backward to its own parameters, its own clipping and its own optimizer
+    step; then the targets are updated. Nothing is read back to the host, so the call can be compiled or captured.
+
+    Args:
+        parts (sequence of Part): such as PPO's actor and critic, or MADDPG's critic and then its actor.
+        after (callable, optional): called last, such as a target updater's ``step``.
+        seed_axis (bool): the first dimension of parameters and data is one of seeds: losses of all seeds are added
+            up (they share no parameter), metrics are ``[seeds]``.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> square = TensorDictModule(torch.nn.Linear(1, 1), in_keys=["x"], out_keys=["loss_square"])
+        >>> step = Step([Part(square, torch.optim.SGD(square.parameters(), 0.1))])
+        >>> sorted(step(TensorDict(x=torch.ones(1))).keys())
+        ['grad_norm', 'loss_square']
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        after: Callable[[], Any] | None = None,
+        seed_axis: bool = False,
+    ) -> None:
+        if not parts:
+            raise ValueError("Step needs at least one Part(loss, optim).")
+        if seed_axis and any(part.stop_above for part in parts):
+            raise ValueError("stop_above would stop all seeds at once: train the seeds apart, or without it.")
+        self.parts, self.after, self.seed_axis, self.count = list(parts), after, seed_axis, 0
+        self._forward: list[Callable[[TensorDictBase], TensorDictBase]] = [part.loss for part in self.parts]
+        for part in self.parts:
+            if part.stop_above is not None:
+                part.optim.found_inf = torch.zeros((), device=part.params[0].device)  # type: ignore[attr-defined]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the losses need of a minibatch."""
+        return list(dict.fromkeys(key for part in self.parts for key in part.loss.in_keys))
+
+    @property
+    def optional_keys(self) -> list[NestedKey]:
+        """What the losses read where it is there: masks."""
+        return list(dict.fromkeys(k for part in self.parts for k in getattr(part.loss, "optional_keys", ())))
+
+    def begin(self) -> None:
+        """A new batch begins: parts that stopped early go on."""
+        for part in self.parts:
+            if part.stop_above is not None:
+                part.optim.found_inf.zero_()  # type: ignore[attr-defined]
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        """Takes one step.
+
+        Args:
+            batch (TensorDictBase): ``[M]`` or ``[M, L]``; ``[seeds, M, ...]`` with a seed axis.
+
+        Returns:
+            TensorDict: detached scalars: what the losses write, and each part's ``grad_norm`` before clipping.
+        """
+        metrics = TensorDict({}, device=batch.device)
+        with reduce.seed_axis(self.seed_axis):
+            for part, forward in zip(self.parts, self._forward):
+                if self.count % part.every == 0:
+                    metrics.update(self._update(part, forward, batch))
+        if self.after is not None:
+            self.after()
+        self.count += 1
+        return metrics
+
+    @staticmethod
+    def _update(
+        part: Part, forward: Callable[[TensorDictBase], TensorDictBase], batch: TensorDictBase
+    ) -> dict[str, Tensor]:
+        params = part.params
+        out = forward(batch)
+        losses = [value for key, value in out.items() if key.startswith("loss_")]
+        if not losses:
+            raise KeyError(
+                f"{type(part.loss).__name__} wrote {list(out.keys())}; at least one entry must be named loss_*."
+            )
+        total = torch.stack([loss.sum() for loss in losses]).sum()
+        for p, grad in zip(params, torch.autograd.grad(total, params, allow_unused=True)):
+            p.grad = grad
+        reduce.sum_gradients(params)
+        norm = reduce.clip_gradients(params, part.max_grad_norm)
+        if part.stop_above is not None:
+            key, limit = part.stop_above
+            found = part.optim.found_inf  # type: ignore[attr-defined]
+            found.copy_(torch.maximum(found, (out.get(key) > limit).to(found.dtype)))
+        part.optim.step()
+        label = f"grad_norm_{part.name}" if part.name else "grad_norm"
+        found = {key: out.get(key).detach() for key in out.keys()} | {label: norm.detach()}
+        return {f"{part.prefix}_{key}": value for key, value in found.items()} if part.prefix else found
+
+    def accelerate(self, mode: str) -> Callable[[TensorDictBase], TensorDictBase]:
+        """The step as ``mode`` asks: itself, with compiled losses, or captured as one CUDA graph.
+
+        Args:
+            mode (str): ``eager``; ``compile`` compiles each loss with ``torch.compile``; ``cudagraph`` captures the
+                whole step (CUDA only, capturable optimizers); ``auto`` is eager.
+
+        Raises:
+            ValueError: for an unknown mode, or one that the parameters' device cannot have.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} must be one of {MODES}.")
+        device = self.parts[0].params[0].device
+        if mode == "cudagraph":
+            if device.type != "cuda":
+                raise ValueError(
+                    f"mode='cudagraph' needs CUDA; the parameters are on {device}. Use 'eager' or 'compile'."
+                )
+            if any(part.every > 1 for part in self.parts):
+                raise ValueError(
+                    "mode='cudagraph' repeats one fixed step: parts with every > 1 cannot be captured."
+                )
+            return CudaGraphModule(self)
+        if mode == "compile":
+            self._forward = [torch.compile(part.loss) for part in self.parts]
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes: losses (with targets, moments and coefficients), optimizers, the count."""
+        parts = [{"loss": part.loss.state_dict(), "optim": part.optim.state_dict()} for part in self.parts]
+        return {"count": self.count, "parts": {str(i): part for i, part in enumerate(parts)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.count = int(state["count"])
+        for i, part in enumerate(self.parts):
+            saved = state["parts"][str(i)]
+            part.loss.load_state_dict(saved["loss"])
+            part.optim.load_state_dict(
+                copy.deepcopy(saved["optim"])
+            )  # it would keep references to the tensors
+
+
+class Annealing:
+    """Lets numbers fall linearly to zero over a horizon of frames: learning rates and coefficients, on the device.
+
+    Args:
+        frames (int): the horizon; after it the numbers stay at zero.
+        optims (sequence of Optimizer): whose learning rates fall; made with ``lr`` a tensor.
+        buffers (sequence of (module, name)): coefficients that are buffers, such as ``(loss, "entropy_coeff")``.
+    """
+
+    def __init__(
+        self,
+        frames: int,
+        *,
+        optims: Sequence[torch.optim.Optimizer] = (),
+        buffers: Sequence[tuple[nn.Module, str]] = (),
+    ) -> None:
+        if frames < 1:
+            raise ValueError(f"The annealing horizon must be at least one frame; got {frames}.")
+        self.horizon, self.frames = frames, 0
+        self._numbers: list[tuple[Callable[[], Tensor], float]] = []
+        for optim in optims:
+            for index, group in enumerate(optim.param_groups):
+                if not isinstance(group["lr"], Tensor):
+                    raise ValueError(
+                        "Annealing changes lr in place: make the optimizer with lr=torch.tensor(...)."
+                    )
+                start = float(group["lr"])
+                self._numbers.append((lambda o=optim, i=index: o.param_groups[i]["lr"], start))  # type: ignore[misc]
+        for module, name in buffers:
+            start = float(getattr(module, name))
+            self._numbers.append((lambda m=module, n=name: getattr(m, n), start))  # type: ignore[misc]
+
+    def advance(self, frames: int) -> None:
+        """So many more frames were collected."""
+        self.frames += frames
+        left = max(0.0, 1 - self.frames / self.horizon)
+        for number, start in self._numbers:
+            number().fill_(start * left)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is; the numbers themselves are in the step's state."""
+        return {"frames": self.frames}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.frames = int(state["frames"])

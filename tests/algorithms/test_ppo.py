@@ -1,0 +1,218 @@
+"""MAPPO and IPPO as functions of specs: what they see, share, train, refuse, and whether they learn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from toys import ToyEnv
+
+import tdmarl
+from tdmarl.algorithms import Algorithm, ippo, mappo
+
+TWO = {"a": (2, 3, 1), "b": (1, 5, 2)}
+
+
+def train(env, algo, iterations=1, frames=80):
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=frames, seed=0)
+    for _ in range(iterations):
+        metrics = algo.learner(collector.rollout())
+    return metrics
+
+
+@pytest.mark.parametrize("make", [mappo, ippo])
+@pytest.mark.parametrize("choices", [0, 3])
+def test_learns_where_to_aim(make, choices):
+    """The reward is minus the distance to 0.5; at random about -0.5 to -1 for each action dimension."""
+    env = ToyEnv(batch=(16,), choices=choices)
+    algo = make(env, lr=3e-3, num_epochs=5, seed=1)
+    before = tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"]
+    train(env, algo, 30, 160)
+    after = tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"]
+    if choices:  # 0 and 1 are equally near; 0 is not always available
+        assert after.min().item() == pytest.approx(-2.5)
+    else:
+        assert after.mean() > -0.5 and before.mean() < -3
+
+
+def test_parts_are_a_frozen_dataclass_and_replaceable():
+    algo = mappo(ToyEnv())
+    assert [f.name for f in dataclasses.fields(Algorithm)] == ["policy", "explore", "learner"]
+    other = dataclasses.replace(algo, explore=None)
+    assert other.policy is algo.policy
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        algo.policy = None
+
+
+def test_constructors_do_not_step_or_draw():
+    env = ToyEnv()
+    env.reset = env.step = None
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    mappo(env)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_one_seed_is_one_initialization():
+    one, two, other = (mappo(ToyEnv(), seed=s).policy.state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(one[k], two[k]) for k in one) and not all(
+        torch.equal(one[k], other[k]) for k in one
+    )
+
+
+@pytest.mark.parametrize("make, keys", [(mappo, 1), (ippo, 1)])
+@pytest.mark.parametrize("share, sets", [(True, 1), (False, 3), ([[0, 2], [1]], 2)])
+@pytest.mark.parametrize("share_buffer", [True, False])
+def test_sharing_switches(make, keys, share, sets, share_buffer):
+    env = ToyEnv()
+    algo = make(
+        env,
+        share_params=share,
+        share_critic_params=not share,
+        share_buffer=share_buffer,
+        num_epochs=2,
+        minibatch_size=7,
+    )
+    weights = [p for n, p in algo.policy.named_parameters() if n.endswith("weight")]
+    assert all(len(w) == sets for w in weights)
+    before = [p.clone() for p in algo.policy.parameters()]
+    metrics = train(env, algo, frames=20)
+    assert all(torch.isfinite(v).all() for v in metrics.values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, algo.policy.parameters()))
+
+
+def test_unshared_agents_with_their_own_rows_learn_the_same_from_all_rows():
+    """With one minibatch of all rows the draw is only an order, so own rows change nothing."""
+    results = []
+    for share_buffer in (True, False):
+        env = ToyEnv()
+        algo = mappo(
+            env, share_params=False, share_buffer=share_buffer, num_epochs=1, normalize_advantage=None
+        )
+        train(env, algo, frames=20)
+        results.append([p.detach().clone() for p in algo.policy.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_ippos_critic_sees_its_own_and_mappos_all():
+    env = ToyEnv()
+    for make, others in ((ippo, False), (mappo, True)):
+        prepare = make(env).learner.prepare
+        td = env.reset()
+        td["agents", "observation"].requires_grad_()
+        value = prepare.critic(td)["agents", "state_value"][:, 0].sum()
+        (grad,) = torch.autograd.grad(value, td["agents", "observation"])
+        assert bool(grad[:, 1:].any()) == others
+    with pytest.raises(TypeError, match="mappo's"):
+        ippo(env, other_actions=True)
+
+
+@pytest.mark.parametrize("options", [
+    {"other_actions": True}, {"critic_scope": "group"}, {"value_norm": False}, {"value_clip": False},
+    {"max_kl": 1e-4}, {"anneal_frames": 100}, {"normalize_advantage": "agent"}, {"normalize_advantage": None},
+    {"layer_norm": False, "activation": torch.nn.Tanh, "hidden": (8,)}, {"mode": "eager"}, {"max_grad_norm": None},
+])  # fmt: skip
+def test_every_option_trains(options):
+    env = ToyEnv()
+    metrics = train(env, mappo(env, num_epochs=2, minibatch_size=10, **options), 2, 20)
+    assert all(torch.isfinite(v).all() for v in metrics.values()), metrics
+
+
+def test_early_stop_by_kl_holds_the_actor_back():
+    moved = {}
+    for max_kl in (None, 1e-6):
+        env = ToyEnv()
+        algo = mappo(env, lr=0.01, num_epochs=10, max_kl=max_kl)
+        before = torch.cat([p.detach().flatten() for p in algo.policy.parameters()])
+        train(env, algo, frames=20)
+        after = torch.cat([p.detach().flatten() for p in algo.policy.parameters()])
+        moved[max_kl] = (after - before).abs().sum()
+    assert 0 < moved[1e-6] < 0.5 * moved[None]
+
+
+def test_annealed_to_zero_nothing_moves():
+    env = ToyEnv()
+    algo = mappo(env, anneal_frames=20, num_epochs=2)
+    train(env, algo, frames=20)
+    before = [p.clone() for p in algo.policy.parameters()]
+    train(env, algo, frames=20)
+    assert all(torch.equal(a, b) for a, b in zip(before, algo.policy.parameters()))
+
+
+def test_a_team_of_unlike_groups():
+    env = ToyEnv(groups=TWO)
+    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
+        mappo(env)
+    algo = mappo(env, ("a", "b"), num_epochs=2)
+    metrics = train(env, algo, frames=20)
+    assert {"a_loss_objective", "b_loss_objective", "loss_critic_a", "loss_critic_b"} <= set(metrics.keys())
+    with pytest.raises(ValueError, match="mapping"):
+        mappo(env, ("a", "b"), actor=algo.policy)
+
+
+def test_own_parts_take_the_place_of_the_default_ones():
+    env = ToyEnv()
+    actor, critic = (
+        tdmarl.gaussian_actor(env, distribution="clipped"),
+        tdmarl.state_critic(env, scope="agent"),
+    )
+    made = []
+    algo = mappo(
+        env, actor=actor, critic=critic, optim=lambda p: made.append(torch.optim.SGD(p, 0.01)) or made[-1]
+    )
+    assert algo.policy is actor and len(made) == 2
+    train(env, algo, frames=20)
+
+
+def test_a_critic_without_its_entry_is_named_before_the_first_step():
+    env = ToyEnv()
+    other = tdmarl.state_critic(ToyEnv(state=True), scope="state")
+    with pytest.raises(KeyError, match="state"):
+        mappo(env, critic=other)
+
+
+def test_the_dead_and_the_forbidden_leave_no_trace_in_training():
+    env = ToyEnv(choices=3, mortal=True)
+    algo = mappo(env, share_params=False, num_epochs=3)
+    batch = tdmarl.Collector(env, algo.explore, frames_per_batch=20, seed=0).rollout()
+    dead = ~batch["agents", "mask"]
+    assert dead.any()
+    spoiled = batch.clone()
+    other = mappo(env, share_params=False, num_epochs=3)
+    spoiled["next", "agents", "reward"][dead] = 1e6
+    spoiled["agents", "action_log_prob"][dead] = -50.0
+    first, second = algo.learner(batch), other.learner(spoiled)
+    for a, b in zip(algo.policy.parameters(), other.policy.parameters()):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(first["loss_critic"], second["loss_critic"])
+
+
+def test_learner_resumes_to_the_last_bit():
+    env = ToyEnv()
+    make = lambda seed: mappo(env, num_epochs=2, minibatch_size=7, anneal_frames=200, max_kl=0.5, seed=seed)  # noqa: E731
+    algo, other = make(0), make(5)
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=20, seed=0)
+    batches = [collector.rollout() for _ in range(4)]
+    for batch in batches[:2]:
+        algo.learner(batch)
+    other.learner.load_state_dict(algo.learner.state_dict())
+    for batch in batches[2:]:
+        algo.learner(batch), other.learner(batch)
+    for a, b in zip(algo.policy.parameters(), other.policy.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_runs_on_meta_without_a_host_read():
+    """A device mix or a host read in the update raises on ``meta``."""
+    env = ToyEnv()
+    algo = mappo(env, num_epochs=1)
+    batch = algo.learner.prepare(
+        tdmarl.Collector(env, algo.explore, frames_per_batch=20).rollout().copy()
+    ).to("meta")
+    step = algo.learner.step
+    for p in step.parts:
+        p.loss.to("meta")
+        out = p.loss(batch)
+        assert all(v.device.type == "meta" for v in out.values())

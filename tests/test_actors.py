@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, MultiCategorical, OneHot
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from toys import ToyEnv
+
+from tdmarl.actors import (
+    ClippedNormal,
+    MaskedCategorical,
+    TanhNormal,
+    categorical_actor,
+    choices,
+    gaussian_actor,
+)
+
+LOW, HIGH = torch.tensor([[-2.0, 0.0]]), torch.tensor([[2.0, 0.5]])
+
+
+def test_clipped_normal_is_torchs_normal_summed_over_dimensions():
+    loc, scale = torch.randn(5, 1, 2), torch.rand(5, 1, 2) + 0.1
+    ours, plain = ClippedNormal(loc, scale, LOW, HIGH), torch.distributions.Normal(loc, scale)
+    x = torch.randn(5, 1, 2)
+    torch.testing.assert_close(ours.log_prob(x), plain.log_prob(x).sum(-1))
+    torch.testing.assert_close(ours.entropy(), plain.entropy().sum(-1))
+    assert ((ours.mode >= LOW) & (ours.mode <= HIGH)).all()
+
+
+def test_tanh_normal_is_torchs_transformed_normal():
+    from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
+
+    loc, scale = torch.randn(7, 1, 2, dtype=torch.float64), torch.rand(7, 1, 2, dtype=torch.float64) + 0.1
+    low, high = LOW.double(), HIGH.double()
+    parts = [TanhTransform(), AffineTransform((low + high) / 2, (high - low) / 2)]
+    plain, ours = TransformedDistribution(Normal(loc, scale), parts), TanhNormal(loc, scale, low, high)
+    x = plain.sample()
+    torch.testing.assert_close(ours.log_prob(x), plain.log_prob(x).sum(-1), atol=1e-6, rtol=1e-6)
+    sampled = ours.rsample((1000,))
+    assert ((sampled > low) & (sampled < high)).all()
+
+
+def test_tanh_entropy_is_what_sampling_gives():
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[[0.3, -1.0]]]), torch.tensor([[[0.7, 1.2]]])
+    ours = TanhNormal(loc, scale, LOW, HIGH)
+    sampled = -ours.log_prob(ours.rsample((400_000,))).double().sum(0) / 400_000
+    torch.testing.assert_close(ours.entropy().double(), sampled, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [ClippedNormal, TanhNormal])
+def test_padded_dimensions_are_not_there(kind):
+    loc, scale = torch.randn(5, 1, 3, requires_grad=True), torch.rand(5, 1, 3) + 0.1
+    low, high = torch.tensor([[-1.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+    real = [0, 2]
+    padded = kind(loc, scale, low, high)
+    bare = kind(loc[..., real], scale[..., real], low[:, real], high[:, real])
+    x = padded.rsample().detach()
+    assert not x[..., 1].any() and not padded.mode[..., 1].any()
+    torch.testing.assert_close(padded.log_prob(x), bare.log_prob(x[..., real]))
+    torch.testing.assert_close(padded.entropy(), bare.entropy())
+    (padded.log_prob(x) + padded.entropy()).sum().backward()
+    assert not loc.grad[..., 1].any() and torch.isfinite(loc.grad).all()
+
+
+def test_masked_categorical_is_the_categorical_over_what_is_available():
+    logits = torch.tensor([[0.1, 9.0, -0.3]], requires_grad=True)
+    ours = MaskedCategorical(logits, torch.tensor([[True, False, True]]))
+    plain = torch.distributions.Categorical(logits=logits.detach()[:, [0, 2]])
+    torch.testing.assert_close(ours.log_prob(torch.tensor([2])), plain.log_prob(torch.tensor([1])))
+    torch.testing.assert_close(ours.entropy(), plain.entropy())
+    ours.entropy().sum().backward()
+    assert logits.grad[0, 1] == 0 and torch.isfinite(logits.grad).all()
+    assert set(ours.sample((500,)).flatten().tolist()) == {0, 2}
+    assert ours.mode.item() == 0
+
+
+def test_categorical_samples_by_probability():
+    torch.manual_seed(0)
+    p = torch.tensor([[0.2, 0.5, 0.3]])
+    drawn = MaskedCategorical(p.log()).sample((100_000,)).flatten().bincount() / 100_000
+    torch.testing.assert_close(drawn, p[0], atol=5e-3, rtol=0)
+
+
+def test_nothing_available_is_uniform_not_nan():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    dist = MaskedCategorical(logits, torch.zeros(1, 3, dtype=torch.bool))
+    (dist.entropy() + dist.log_prob(dist.sample())).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_several_choices_multiply():
+    logits = torch.randn(4, 5)
+    dist = MaskedCategorical(logits, nvec=(2, 3))
+    parts = [torch.distributions.Categorical(logits=part) for part in logits.split((2, 3), -1)]
+    action = dist.sample()
+    assert action.shape == (4, 2)
+    torch.testing.assert_close(
+        dist.log_prob(action), sum(p.log_prob(a) for p, a in zip(parts, action.unbind(-1)))
+    )
+    torch.testing.assert_close(dist.entropy(), sum(p.entropy() for p in parts))
+
+
+def test_one_hot_is_the_index_in_another_dress():
+    dist, plain = MaskedCategorical(torch.randn(4, 3), one_hot=True), None
+    action = dist.sample()
+    assert action.shape == (4, 3) and action.sum(-1).eq(1).all()
+    plain = MaskedCategorical(dist.parts[0])
+    torch.testing.assert_close(dist.log_prob(action), plain.log_prob(action.argmax(-1)))
+
+
+def test_choices_reads_every_discrete_spec():
+    assert choices(OneHot(4, shape=(3, 4))) == ((4,), True)
+    assert choices(MultiCategorical([[2, 3], [2, 3]], shape=(2, 2))) == ((2, 3), False)
+    with pytest.raises(ValueError, match="different numbers of choices"):
+        choices(MultiCategorical([[2, 3], [3, 2]], shape=(2, 2)))
+    with pytest.raises(ValueError, match="gaussian_actor"):
+        choices(Bounded(-1, 1, (2, 2)))
+
+
+@pytest.mark.parametrize("distribution", ["tanh", "clipped"])
+@pytest.mark.parametrize("std", ["state", "free"])
+@pytest.mark.parametrize("share", [True, False, [[0, 1], [2]]])
+def test_gaussian_actor_acts_in_its_box_and_starts_where_it_says(distribution, std, share):
+    env = ToyEnv()
+    actor = gaussian_actor(env, share_params=share, distribution=distribution, std=std, init_std=0.5)
+    td = actor(env.reset())
+    assert td["agents", "action"].shape == (4, 3, 2) and td["agents", "action_log_prob"].shape == (4, 3)
+    torch.testing.assert_close(td["agents", "scale"], torch.full((4, 3, 2), 0.5), atol=0.05, rtol=0)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        one, two = actor(env.reset()), actor(env.reset())
+        td = env.reset()
+        assert torch.equal(actor(td.clone())["agents", "action"], actor(td.clone())["agents", "action"])
+    assert one["agents", "action"].abs().max() <= 1 and two["agents", "action"].abs().max() <= 1
+
+
+def test_categorical_actor_never_does_what_is_forbidden():
+    env = ToyEnv(choices=3)
+    td = env.rollout(20, categorical_actor(env), break_when_any_done=False)
+    taken = td["agents", "action_mask"].gather(-1, td["agents", "action"].unsqueeze(-1))
+    assert taken.all() and not td["agents", "action_mask"].all()
+
+
+def test_unlike_spaces_and_options_are_refused_with_a_reason():
+    with pytest.raises(ValueError, match="categorical_actor"):
+        gaussian_actor(ToyEnv(choices=3))
+    with pytest.raises(ValueError, match="tanh"):
+        gaussian_actor(ToyEnv(), distribution="beta")
+    two = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2)})
+    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
+        gaussian_actor(two)
+    td = gaussian_actor(two, ("a", "b"))(two.reset())
+    assert td["a", "action"].shape == (4, 2, 1) and td["b", "action"].shape == (4, 1, 2)
+
+
+def test_the_box_moves_with_the_actor():
+    actor = gaussian_actor(ToyEnv()).to("meta")
+    out = actor(TensorDict({"agents": {"observation": torch.zeros(4, 3, 4, device="meta")}}, [4]))
+    assert out["agents", "action"].device.type == "meta"

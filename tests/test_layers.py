@@ -1,0 +1,149 @@
+"""Who may import whom, what only one place may do, and whether the docstrings' examples run."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "tdmarl"
+LAYERS = [
+    {"keys", "reduce", "seeds"},
+    {"nets"},
+    {"actors"},
+    {"critics", "mixers"},
+    {"losses", "prepare", "step"},
+    {"learners"},
+    {"envs", "collect", "log", "stats", "plot", "video", "distributed"},
+    {"evaluate"},
+    {"run"},
+    {"algorithms"},
+    {"saving"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+NO_ALGORITHMS = {
+    "envs",
+    "collect",
+    "evaluate",
+    "run",
+    "log",
+    "stats",
+    "plot",
+    "video",
+    "distributed",
+    "step",
+    "learners",
+}
+NO_ENVIRONMENTS = {
+    "keys",
+    "reduce",
+    "seeds",
+    "nets",
+    "actors",
+    "critics",
+    "mixers",
+    "losses",
+    "prepare",
+    "step",
+    "learners",
+    "algorithms",
+}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+def part(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path, inner=True):
+    """Top-level names imported; with ``inner`` also those inside functions."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if inner else [n for n in tree.body]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "tdmarl":
+            yield from (f"tdmarl.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    me = part(path)
+    assert me in RANK, f"{me} has no layer yet: give it one in {__file__}"
+    for module in imports(path):
+        if module.split(".")[0] != "tdmarl":
+            continue
+        assert "." in module, f"{path} imports the whole of tdmarl"
+        other = module.split(".")[1]
+        if other == "__version__":
+            continue
+        assert RANK[other] <= RANK[me], f"{path} imports {module}, which is above it"
+        assert not (me in NO_ALGORITHMS and other == "algorithms"), f"{path} imports an algorithm"
+        assert not (me in NO_ENVIRONMENTS and other == "envs"), f"{path} imports an environment"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_optional_packages_are_imported_where_they_are_used(path):
+    needed = {"torch", "torchrl", "tensordict", "tdmarl", "numpy"}  # torchrl needs numpy
+    for module in imports(path, inner=False):
+        top = module.split(".")[0]
+        assert top in needed or top in sys.stdlib_module_names or top == "__future__", (
+            f"{path} imports {top} at its top"
+        )
+
+
+def test_import_needs_only_torch_torchrl_and_tensordict():
+    program = "import sys; sys.modules.update(dict.fromkeys(['vmas', 'tyro', 'tqdm', 'wandb', 'matplotlib', 'pettingzoo'])); import tdmarl"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", ["losses", "prepare", "step", "learners", "critics"])
+def test_only_reduce_reduces(name):
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            function, owner = node.func.attr, getattr(node.func.value, "id", "")
+            assert not (function in ("mean", "std", "var", "clip_grad_norm_") and owner != "reduce"), (
+                f"{name}.py line {node.lineno}: {owner}.{function} would not know masks, seeds and ranks; use reduce"
+            )
+
+
+def test_only_step_goes_backward():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("backward", "autograd"):
+                assert path.name == "step.py", f"{path} line {node.lineno} differentiates"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
+def test_nobody_imports_recipes_and_recipes_stand_alone(path):
+    for module in imports(path):
+        top = module.split(".")[0]
+        assert top in ("tdmarl", "torch", "torchrl", "tensordict") or top in sys.stdlib_module_names, (
+            f"{path} imports {module}"
+        )
+    name = f"recipes.{path.stem}"
+    assert all(name not in set(imports(p)) for p in [*FILES, *(ROOT / "tests").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_classes_are_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            lines = node.end_lineno - node.body[0].end_lineno  # without the docstring
+            assert lines <= 180, f"{path}: {node.name} has {lines} lines"
+
+
+def test_tests_mirror_the_package():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        name = path.stem.removeprefix("test_")
+        folder = path.relative_to(ROOT / "tests").parent
+        whole = {"axes", "layers", "recipes", "algorithms", "readme"}
+        assert name in whole or (PACKAGE / folder / f"{name}.py").exists(), (
+            f"{path} tests no file of the package"
+        )

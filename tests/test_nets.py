@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tdmarl.nets import AgentLinear, AgentMLP, parameter_sets
+
+
+@pytest.mark.parametrize("share, sets", [(True, 1), (False, 3), ([[0, 2], [1]], 2)])
+def test_each_set_of_parameters_starts_orthogonal(share, sets):
+    layer = AgentLinear(3, 8, 5, share=share, gain=2.0)
+    assert layer.weight.shape == (sets, 8, 5)
+    for weight in layer.weight:
+        torch.testing.assert_close(weight.T @ weight, 4 * torch.eye(5), atol=1e-5, rtol=0)
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("share", [True, False, [[0, 2], [1]]])
+def test_linear_is_the_plain_layer_of_each_agent(share):
+    layer, x = AgentLinear(3, 4, 2, share=share), torch.randn(6, 3, 4)
+    nn.init.normal_(layer.bias)
+    y = layer(x)
+    for agent, s in enumerate(parameter_sets(3, share)):
+        plain = nn.functional.linear(x[:, agent], layer.weight[s].T, layer.bias[s])
+        torch.testing.assert_close(y[:, agent], plain)
+
+
+def test_agent_id_is_a_one_hot_input():
+    layer, x = AgentLinear(3, 4, 2, agent_id=True), torch.randn(6, 3, 4)
+    whole = torch.cat([layer.weight[0], layer.agent])  # rows of the one-hot identity below those of the input
+    one_hot = torch.cat([x, torch.eye(3).expand(6, 3, 3)], -1)
+    torch.testing.assert_close(layer(x), one_hot @ whole + layer.bias[0])
+    torch.testing.assert_close(whole.T @ whole, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_swapping_agents_swaps_the_outputs_of_a_shared_network_and_not_of_its_own():
+    x = torch.randn(2, 3, 4)
+    swapped = x[:, [1, 0, 2]]
+    shared, own = AgentMLP(3, 4, 2), AgentMLP(3, 4, 2, share=False)
+    torch.testing.assert_close(shared(swapped), shared(x)[:, [1, 0, 2]])
+    assert not torch.allclose(own(swapped), own(x)[:, [1, 0, 2]])
+
+
+def test_a_map_shares_where_it_says():
+    net, x = AgentMLP(3, 4, 2, share=[[0, 1], [2]]), torch.randn(1, 1, 4).expand(2, 3, 4)
+    y = net(x)
+    assert torch.equal(y[:, 0], y[:, 1]) and not torch.allclose(y[:, 0], y[:, 2])
+
+
+def test_a_common_input_is_worth_the_same_as_its_copies():
+    for share in (True, False):
+        for agent_id in (True, False):
+            net, x = AgentMLP(3, 4, 2, share=share, agent_id=agent_id, layer_norm=True), torch.randn(5, 1, 4)
+            torch.testing.assert_close(net(x), net(x.expand(5, 3, 4)))
+
+
+def test_gradients_reach_only_the_agent_that_asks():
+    net = AgentMLP(3, 4, 2, share=False)
+    net(torch.randn(5, 3, 4))[:, 1].sum().backward()
+    for p in net.parameters():
+        assert p.grad[1].abs().sum() > 0 and not p.grad[[0, 2]].any()
+
+
+def test_errors_say_what_is_expected():
+    with pytest.raises(ValueError, match=r"\[\[0, 1\], \[2\]\]"):
+        AgentMLP(3, 4, 2, share=[[0], [1]])
+    with pytest.raises(ValueError, match=r"\(5, 2, 4\).*\[\*B, 3, 4\]"):
+        AgentMLP(3, 4, 2)(torch.zeros(5, 2, 4))
+
+
+@pytest.mark.parametrize("share", [True, False, [[0, 2], [1]]])
+def test_traces_whole(share):
+    net, x = AgentMLP(3, 4, 2, share=share, agent_id=share is True, layer_norm=True), torch.randn(5, 3, 4)
+    traced = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x), net(x))

@@ -1,0 +1,148 @@
+"""Advantages against hand computation and against the buffers of MAPPO's code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from toys import ToyEnv
+
+from tdmarl.actors import gaussian_actor
+from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
+from tdmarl.prepare import Advantage, TeamReward, generalized_advantage
+
+REWARD = torch.arange(1.0, 6.0)
+VALUE = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
+NEXT = torch.tensor([0.4, 0.3, 7.0, 0.1, 0.6])  # at the time limit (t = 2) the true last state is worth 7
+TERMINATED = torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool)
+TRUNCATED = torch.tensor([0, 0, 1, 0, 0], dtype=torch.bool)
+DONE = TERMINATED | TRUNCATED
+MAPPO_NORM = [1.0, 3.0, 8.0]
+
+
+def column(x):
+    return x.reshape(1, 5, 1, 1)
+
+
+def batch():
+    """``[E, T] = [1, 5]``, one agent whose observation is its value."""
+    ends = {"done": DONE.reshape(1, 5, 1), "terminated": TERMINATED.reshape(1, 5, 1)}
+    after = {"g": {"observation": column(NEXT), "reward": column(REWARD)}, **ends}
+    return TensorDict({"g": {"observation": column(VALUE)}, "next": after}, [1, 5])
+
+
+def critic():
+    return TensorDictModule(
+        torch.nn.Identity(), in_keys=[("g", "observation")], out_keys=[("g", "state_value")]
+    )
+
+
+def advantage(critic, **options):
+    return Advantage(critic, ["g"], gamma=0.9, lmbda=0.8, standardize=None, **options)
+
+
+def test_advantage_cuts_at_ends_and_bootstraps_at_the_time_limit():
+    """Worked out by hand: A_4 = 5 + .9 .6 - .1 = 5.44; A_3 = 4 - .2 = 3.8; A_2 = 3 + .9 7 - .3 = 9 (cut);
+    A_1 = 2 + .9 .3 - .4 + .72 9 = 8.35; A_0 = 1 + .9 .4 - .5 + .72 8.35 = 6.872."""
+    td = advantage(critic())(batch())
+    expected = torch.tensor([6.872, 8.35, 9.0, 3.8, 5.44])
+    torch.testing.assert_close(td["g", "advantage"].flatten(), expected)
+    torch.testing.assert_close(td["g", "value_target"].flatten(), torch.tensor([7.372, 8.75, 9.3, 4.0, 5.54]))
+
+
+def test_time_limit_as_termination_gives_the_numbers_of_mappos_buffer():
+    following = torch.cat([VALUE[1:], NEXT[-1:]])
+    found, _ = generalized_advantage(
+        *(column(x) for x in (REWARD, VALUE, following, DONE, DONE)), gamma=0.9, lmbda=0.8
+    )
+    torch.testing.assert_close(found.flatten(), torch.tensor([3.60608, 3.814, 2.7, 3.8, 5.44]))
+
+
+def test_advantage_in_reward_units_with_value_normalization():
+    """The critic's 0.5 means 5.47196 by the moments of 1, 3, 8."""
+    norm = ValueNorm()
+    norm.update(torch.tensor(MAPPO_NORM).reshape(3, 1, 1))
+    td = advantage(NormalizedCritic(critic(), {"g": norm}))(batch())
+    expected = torch.tensor([17.04087, 20.984594, 25.146698, 4.0, 10.189717])
+    torch.testing.assert_close(td["g", "value_target"].flatten(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(td["g", "state_value_normalized"].flatten(), VALUE)
+    assert td["g", "state_value"].flatten()[0].item() == pytest.approx(5.47196, abs=1e-5)
+
+
+def test_the_way_without_host_reads_gives_the_same(monkeypatch):
+    plain = advantage(critic())(batch())
+    other = advantage(critic())
+    td = batch()
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a, **k: pytest.fail("read the host"))
+    monkeypatch.setattr("tdmarl.prepare.on_host", lambda device: False)
+    torch.testing.assert_close(other(td)["g", "advantage"], plain["g", "advantage"])
+
+
+def test_equals_torchrls_estimator():
+    from torchrl.objectives.value import GAE
+
+    torch.manual_seed(0)
+    shape = (3, 20, 2, 1)
+    reward, value, after = torch.randn(3, *shape).unbind(0)
+    terminated, done = torch.rand(shape) < 0.1, torch.rand(shape) < 0.1
+    done = done | terminated
+    td = TensorDict(
+        {
+            "state_value": value,
+            "next": {"state_value": after, "reward": reward, "done": done, "terminated": terminated},
+        },
+        [3, 20],
+    )
+    GAE(gamma=0.9, lmbda=0.7, value_network=None, time_dim=1)(td)
+    found, target = generalized_advantage(reward, value, after, done, terminated, gamma=0.9, lmbda=0.7)
+    torch.testing.assert_close(found, td["advantage"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(target, td["value_target"], atol=1e-5, rtol=1e-5)
+
+
+def test_advantages_are_standardized_once_over_live_agents():
+    td = batch().repeat_interleave(4, 0)
+    mask = torch.rand(4, 5, 1) < 0.6
+    td["g", "mask"] = mask
+    out = Advantage(critic(), ["g"], standardize="group")(td)["g", "advantage"].squeeze(-1)
+    assert out[mask].mean().abs() < 1e-6 and out[mask].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert not out[~mask].any()
+
+
+def test_a_critic_of_actions_is_told_the_next_ones():
+    """At t the bootstrap must use what the others did at t + 1, and what the actor would do where the batch ends."""
+    env = ToyEnv(batch=(2,), horizon=100)
+    actor = gaussian_actor(env)
+    value = state_critic(env, other_actions=True)
+    with torch.no_grad():
+        td = env.rollout(6, actor)
+        prepared = Advantage(value, ["agents"], gamma=1.0, lmbda=0.0, standardize=None, actor=actor)(
+            td.copy()
+        )
+        delta = (
+            prepared["agents", "advantage"]
+            + prepared["agents", "state_value"]
+            - td["next", "agents", "reward"]
+        )
+    torch.testing.assert_close(delta[:, :-1], prepared["agents", "state_value"][:, 1:], atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(delta).all()
+    with pytest.raises(ValueError, match="actor="):
+        Advantage(value, ["agents"])
+
+
+def test_root_ends_serve_every_agent_and_missing_ones_are_named():
+    td = batch()
+    del td["next", "terminated"]
+    with pytest.raises(KeyError, match="terminated"):
+        advantage(critic())(td)
+
+
+@pytest.mark.parametrize("how, expected", [("sum", 7.0), ("mean", 7 / 3)])
+def test_team_reward_adds_up_all_agents(how, expected):
+    td = TensorDict(
+        {"next": {"a": {"reward": torch.tensor([[[1.0], [2.0]]])}, "b": {"reward": torch.tensor([[[4.0]]])}}},
+        [1],
+    )
+    assert TeamReward(["a", "b"], how)(td)["next", "reward"].item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="mean"):
+        TeamReward(["a"], "first")
