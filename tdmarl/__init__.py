@@ -1,5 +1,6 @@
 """tdmarl: composable multi-agent reinforcement learning on TorchRL and TensorDict."""
 
+from tdmarl import reduce
 from tdmarl.actors import categorical_actor, gaussian_actor, stochastic_actor
 from tdmarl.algorithms import Algorithm, ippo, mappo
 from tdmarl.collect import Collector
@@ -40,6 +41,7 @@ __all__ = [
     "generalized_advantage",
     "ippo",
     "mappo",
+    "reduce",
     "replay_buffer",
     "state_critic",
     "stochastic_actor",

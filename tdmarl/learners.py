@@ -215,7 +215,7 @@ class Learner:
         annealing: Annealing | None = None,
         mode: str = "auto",
     ) -> None:
-        if updates is None and not hasattr(buffer, "n_updates"):
+        if updates is None and not isinstance(buffer, BatchBuffer):
             raise ValueError(
                 f"updates=None needs a BatchBuffer; say how many steps to take on {type(buffer).__name__}."
             )
@@ -235,7 +235,9 @@ class Learner:
             with torch.no_grad(), reduce.seed_axis(self.step.seed_axis):
                 batch = self.prepare(batch)
         self._check(batch)
-        self.buffer.extend(batch.select(*self.step.in_keys, *self.step.optional_keys, strict=False))
+        rows = batch.select(*self.step.in_keys, *self.step.optional_keys, strict=False)
+        # a BatchBuffer cuts rows itself; TorchRL's buffers store what they are given, one transition a row
+        self.buffer.extend(rows if isinstance(self.buffer, BatchBuffer) else rows.reshape(-1))
         self.step.begin()
         taken = self.buffer.n_updates if self.updates is None else self.updates  # type: ignore[attr-defined]
         metrics = [self._take(self.buffer.sample()) for _ in range(taken)]

@@ -119,6 +119,8 @@ class AgentNorm(nn.Module):
                 torch.stack([weight[s] for s in self.sets]),
                 torch.stack([bias[s] for s in self.sets]),
             )
+        if len(weight) == 1:
+            return F.layer_norm(x, x.shape[-1:], weight[0], bias[0])
         return F.layer_norm(x, x.shape[-1:]) * weight + bias
 
 

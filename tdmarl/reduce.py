@@ -84,6 +84,11 @@ def mean(x: Tensor, mask: Tensor | None = None, *, per_agent: bool = False) -> T
     return share
 
 
+def scalar(x: Tensor) -> Tensor:
+    """A metric of any shape as one number, or as one for each seed: the mean of what is left over."""
+    return mean(x.float()) if x.ndim > _seed_dims else x
+
+
 def moments(x: Tensor, mask: Tensor | None = None, *, per_agent: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance over entries that count: of all ranks, each seed apart; see :func:`mean`.
 

@@ -153,7 +153,7 @@ class Step:
             found.copy_(torch.maximum(found, (out.get(key) > limit).to(found.dtype)))
         part.optim.step()
         label = f"grad_norm_{part.name}" if part.name else "grad_norm"
-        found = {key: out.get(key).detach() for key in out.keys()} | {label: norm.detach()}
+        found = {key: reduce.scalar(out.get(key).detach()) for key in out.keys()} | {label: norm.detach()}
         return {f"{part.prefix}_{key}": value for key, value in found.items()} if part.prefix else found
 
     def accelerate(self, mode: str) -> Callable[[TensorDictBase], TensorDictBase]:
