@@ -1,0 +1,1 @@
+"""Environments: vectorized simulators and games as TorchRL environments."""

@@ -1,0 +1,401 @@
+"""VMAS as functions of its state: `step(state, actions) -> state, out` and `reset(state, mask) -> state,
+out`.
+
+VMAS keeps its world in tensors held by Python objects. Here the tensors that change are the state
+(`slots.py`), a function writes them to their places, runs VMAS's own Python and reads them back. Where that
+Python asks the device for an answer, or makes one choice for the whole batch, it is replaced: below for all
+scenarios, in `scenarios.py` for single ones. The replacements are bound to this environment's objects; other
+VMAS environments stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import MethodType
+from typing import Any, Callable, ContextManager, Iterator, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdmarl.envs.choices import Draws, Entities
+from tdmarl.envs.masks import FixedSize
+from tdmarl.envs.scenarios import adapt, make_scenario, origins, replaced
+from tdmarl.envs.slots import Slots, walk
+from tdmarl.envs.streams import Streams
+
+Action = tuple[Tensor, "Tensor | None"]  # forces (or what the dynamics take) [E, a] and message [E, c]
+
+_TWIN_ENVS = 7  # unlike the leading size of anything that is one for the batch, such as a colour's 3
+
+
+class Out(NamedTuple):
+    """What a step or a reset shows, agent by agent."""
+
+    observation: list[Any]  # per agent [E, o], or a dictionary of such
+    reward: list[Tensor]  # per agent [E]; empty after a reset
+    info: list[dict[str, Tensor]]  # per agent, possibly empty
+    terminated: Tensor  # [E] the scenario's own end
+
+
+class Simulation:
+    """Runs one VMAS scenario for all environments at once, in place.
+
+    Args:
+        scenario: a scenario object that no other simulation uses.
+        envs (int): number of environments.
+        device (torch.device): where the world lives.
+        kwargs (dict): the scenario's own arguments.
+        grad_mode (callable): context in which the scenario runs. `torch.enable_grad` keeps the graph from
+            actions to rewards; `torch.inference_mode` is an eighth faster than `torch.no_grad`, but then
+            inference tensors are shown, which autograd refuses until they are copied.
+    """
+
+    def __init__(
+        self,
+        scenario: Any,
+        envs: int,
+        device: torch.device,
+        kwargs: dict[str, Any],
+        grad_mode: Callable[[], ContextManager[Any]] = torch.no_grad,
+    ) -> None:
+        self.scenario, self.envs, self.device, self.grad_mode = scenario, envs, device, grad_mode
+        self.world = world = scenario.env_make_world(envs, device, **kwargs)
+        self.agents = world.policy_agents
+        self.steps = torch.zeros(envs, dtype=torch.int64, device=device)  # [E]
+        self.draws = Draws(envs, device)
+        # Football's scripted players draw for the environments that a mask selects, and would depend on
+        # neighbours.
+        self.fixed_size = device.type != "cpu" or "football" in origins(scenario)
+        _bind_replacements(scenario)
+        adapt(scenario)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What replaces functions that scenarios reach through modules, for the time that a scenario runs."""
+        from torch.distributions import Distribution
+        from vmas.simulator.utils import ScenarioUtils
+
+        changes = [
+            (torch, "randint", self.draws.randint),
+            (torch, "randperm", self.draws.randperm),
+            (ScenarioUtils, "find_random_pos_for_entity", staticmethod(find_position)),
+            (Distribution, "_validate_args", False),  # its checks read the device
+        ]
+        if self.draws.drawn:
+            draws = self.draws
+            changes.append((Tensor, "repeat", lambda tensor, *sizes: draws.repeat(tensor, *sizes)))
+        masks = FixedSize() if self.fixed_size else contextlib.nullcontext()
+        with replaced(*changes), self.grad_mode(), masks:
+            yield
+
+    def advance(self, actions: list[Action]) -> Out:
+        """One step with one action per policy agent, in the order of `agents`."""
+        with self.running():
+            for agent, (force, message) in zip(self.agents, actions):
+                _set_action(agent, force, message)
+            for agent in self.world.agents:
+                self.scenario.env_process_action(agent)
+            self.scenario.pre_step()
+            self.world.step()
+            self.scenario.post_step()
+            self.steps = self.steps + 1
+            return self._show(rewards=True)
+
+    def restart(self) -> Out:
+        """Resets all environments."""
+        with self.running():
+            self.scenario.env_reset_world_at(env_index=None)
+            self.steps = torch.zeros_like(self.steps)
+        with self.running():  # anew, because the reset may have been the first to make a choice
+            return self._show(rewards=False)
+
+    def _show(self, rewards: bool) -> Out:
+        """In VMAS's order; copies, because a scenario may write into what it returned for an agent before."""
+        scenario = self.scenario
+        return Out(
+            reward=[scenario.reward(agent).clone() for agent in self.agents] if rewards else [],
+            observation=[_copy(scenario.observation(agent)) for agent in self.agents],
+            info=[_copy(scenario.info(agent)) for agent in self.agents],
+            terminated=scenario.done().clone(),
+        )
+
+    def random_actions(self) -> list[Action]:
+        """Uniform actions within each agent's range."""
+        found = []
+        for agent in self.agents:
+            limit = agent.action.u_range_tensor
+            force = (torch.rand(self.envs, agent.action_size, device=self.device) * 2 - 1) * limit
+            talks = self.world.dim_c > 0 and not agent.silent
+            found.append(
+                (force, torch.rand(self.envs, self.world.dim_c, device=self.device) if talks else None)
+            )
+        return found
+
+
+class FunctionalVmas:
+    """A VMAS scenario whose state can be taken out, put in, merged by mask and saved.
+
+    `step` and `reset` are functions of a state tensordict. `advance` and `restart` do the same in place,
+    without moving the state out and in, for a caller that only ever goes on from the present state. Random
+    numbers come from `streams`, which are part of `state_dict` but not of the state tensordict.
+
+    Args:
+        scenario (str, BaseScenario or BaseScenario class): see `make_scenario`.
+        num_envs (int): number of environments.
+        device (torch.device): where everything lives.
+        seed (int): starts the streams.
+        grad_enabled (bool): keeps the graph from actions to rewards.
+        scenario_kwargs (dict): the scenario's own arguments.
+    """
+
+    def __init__(
+        self,
+        scenario: Any,
+        num_envs: int,
+        device: torch.device,
+        seed: int,
+        grad_enabled: bool = False,
+        scenario_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        kwargs = scenario_kwargs or {}
+        self.streams = Streams(device, seed)
+        with self.streams:
+            twin = Simulation(make_scenario(scenario), _TWIN_ENVS, device, dict(kwargs))
+            mode = torch.enable_grad if grad_enabled else torch.inference_mode
+            self.simulation = Simulation(make_scenario(scenario), num_envs, device, dict(kwargs), mode)
+        self.streams.seed(0)  # what the warm-up leaves behind must not depend on the seed
+        with self.streams:
+            self.slots = _find_slots(twin)
+            self.simulation.restart()
+            first = {
+                name: _copy(value)
+                for name, _, value in walk(self.simulation.scenario)
+                if isinstance(value, Tensor)
+            }
+            numbers = {name: value for name, _, value in walk(self.simulation.scenario)}
+            # A scenario may make attributes in its first step, but the slots must be there from the start.
+            self.simulation.advance(self.simulation.random_actions())
+            self.simulation.restart()
+        self.slots.bind(self.simulation.scenario)
+        self._first = {
+            name: first[name] if name in first else value.clone() for name, value in self._read().items()
+        }
+        self._first_numbers = {
+            name: numbers.get(name, value) for name, value in self.slots.read_numbers().items()
+        }
+        self.seed(seed)
+        self.restart()
+
+    def seed(self, seed: int) -> None:
+        """Starts the streams afresh; the next restart of all environments starts the state over as well.
+
+        A scenario's reset need not reset everything (parts of the last reward often stay), so a restart after
+        `seed` begins with the state that the scenario was built with: same seed, same trajectory.
+        """
+        self.streams.seed(seed)
+        self._start_over = True
+
+    def advance(self, actions: list[Action]) -> Out:
+        """One step from the present state."""
+        with self.streams:
+            return self.simulation.advance(actions)
+
+    def restart(self, mask: Tensor | None = None) -> Out:
+        """Resets the environments where `mask` [E] is True, all without one.
+
+        All environments are reset, then the others are put back by one `where` per slot, so that the cost
+        does not depend on how many there are. The rows of `out` outside the mask are those of a reset that
+        was not taken.
+        """
+        if mask is None:
+            if self._start_over:
+                self._write({name: value.clone() for name, value in self._first.items()})
+                self.slots.write_numbers(self._first_numbers)
+                self._start_over = False
+            with self.streams:
+                return self.simulation.restart()
+        old = {name: value.clone() for name, value in self._read().items()}
+        with self.streams:
+            out = self.simulation.restart()
+        merge = Merge(mask)
+        self._write({name: merge(value, old[name]) for name, value in self._read().items()})
+        return out
+
+    def step(self, state: TensorDict, actions: list[Action]) -> tuple[TensorDict, Out]:
+        """The state after one step from `state`, which is left as it is."""
+        self.set_state(state)
+        out = self.advance(actions)
+        return self.get_state(), out
+
+    def reset(self, state: TensorDict, mask: Tensor) -> tuple[TensorDict, Out]:
+        """`state` with the environments of `mask` [E] reset; of `out` only those rows count."""
+        self.set_state(state)
+        out = self.restart(mask)
+        return self.get_state(), out
+
+    def get_state(self) -> TensorDict:
+        """A copy of the present state, a flat tensordict without batch size."""
+        return TensorDict({name: value.clone() for name, value in self._read().items()}, batch_size=[])
+
+    def set_state(self, state: TensorDict) -> None:
+        """Goes on from a copy of `state`."""
+        self._write({name: state[name].clone() for name in ("steps", *self.slots.names)})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the future depends on: state, Python numbers that change, streams."""
+        numbers = self.slots.read_numbers()
+        return {
+            **{f"state:{name}": value.detach().clone() for name, value in self._read().items()},
+            **{f"number:{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
+            **{f"stream:{name}": value for name, value in self.streams.state().items()},
+            "stream:start_over": torch.tensor(self._start_over),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Continues where `state_dict` was taken, to the last bit.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError: an entry has another shape.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "number": {}, "stream": {}}
+        for key, value in state_dict.items():
+            kind, _, name = key.partition(":")
+            parts[kind][name] = value
+        for name, present in self._read().items():
+            if name not in parts["state"]:
+                raise KeyError(
+                    f"'state:{name}' is missing: the state dict is not of this scenario and arguments."
+                )
+            found = parts["state"][name].shape
+            if found != present.shape:
+                raise ValueError(
+                    f"'state:{name}' has shape {tuple(found)}, expected {tuple(present.shape)};"
+                    " build the environment with the same num_envs and scenario arguments."
+                )
+        self._write(
+            {name: value.to(self.simulation.device, copy=True) for name, value in parts["state"].items()}
+        )
+        self.slots.write_numbers({name: value.item() for name, value in parts["number"].items()})
+        self.streams.load_state(parts["stream"])
+        self._start_over = bool(parts["stream"]["start_over"])
+
+    def _read(self) -> dict[str, Tensor]:
+        return {"steps": self.simulation.steps, **self.slots.read()}
+
+    def _write(self, state: dict[str, Tensor]) -> None:
+        self.simulation.steps = state["steps"]
+        self.slots.write(state)
+
+
+def _find_slots(twin: Simulation) -> Slots:
+    def step() -> Out:
+        return twin.advance(twin.random_actions())
+
+    for move in (twin.restart, step, step):
+        move()
+    return Slots(twin.scenario, [step, twin.restart, twin.restart, step, step], _TWIN_ENVS)
+
+
+class Merge:
+    """Takes the environments of a mask from one tensor and the others from another.
+
+    On the CPU, where asking is free, rows are copied by index, several times faster than a `where` that
+    broadcasts; elsewhere nothing is asked.
+
+    Args:
+        mask (Tensor): `[E]`, True where the new value counts.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.rows = mask.nonzero().squeeze(-1) if mask.device.type == "cpu" else None
+
+    def __call__(self, new: Tensor, old: Tensor) -> Tensor:
+        """A new tensor of both; what has no rows, being one for the batch, stays as it is."""
+        if not new.ndim or new.shape[0] != self.mask.shape[0]:
+            return old
+        if self.rows is None:
+            return torch.where(self.mask.view(-1, *[1] * (new.ndim - 1)), new, old)
+        return old.index_copy(0, self.rows, new.index_select(0, self.rows))
+
+
+def find_position(
+    occupied_positions: Tensor,
+    env_index: int | None,
+    world: Any,
+    min_dist_between_entities: float,
+    x_bounds: tuple[float, float],
+    y_bounds: tuple[float, float],
+    disable_warn: bool = False,
+) -> Tensor:
+    """A free place by rejection sampling in one draw: the first of 64 proposals that fits, else the roomiest.
+
+    VMAS proposes until all environments have one, which asks the device after each round and may never end.
+    """
+    batch = world.batch_dim if env_index is None else 1
+    axes = [
+        torch.empty((batch, 64, 1), device=world.device).uniform_(*bounds) for bounds in (x_bounds, y_bounds)
+    ]
+    proposals = torch.cat(axes, -1)  # [E, 64, 2]
+    if occupied_positions.shape[1] == 0:
+        return proposals[:, :1]
+    room = (proposals[:, :, None] - occupied_positions[:, None]).norm(dim=-1).amin(-1)  # [E, 64]
+    fits = room >= min_dist_between_entities
+    first = torch.where(fits.any(1), fits.to(torch.int8).argmax(1), room.argmax(1))  # [E]
+    return proposals.gather(1, first[:, None, None].expand(batch, 1, 2))
+
+
+def collides(world: Any, a: Any, b: Any) -> bool:
+    """Whether two entities can touch at all; VMAS also asks whether they are near in any environment."""
+    if a is b or not a.collides(b) or not b.collides(a):
+        return False
+    if not (a.movable or a.rotatable or b.movable or b.rotatable):
+        return False
+    return {type(a.shape), type(b.shape)} in world._collidable_pairs
+
+
+def _bind_replacements(scenario: Any) -> None:
+    from vmas.simulator.core import Entity
+
+    world = scenario.world
+    weightless = not bool(world._gravity.any())
+
+    def apply_gravity(self: Any, entity: Any) -> None:
+        if entity.movable:
+            if not weightless:
+                self.forces_dict[entity] = self.forces_dict[entity] + entity.mass * self._gravity
+            if entity.gravity is not None:
+                self.forces_dict[entity] = self.forces_dict[entity] + entity.mass * entity.gravity
+
+    world.collides = MethodType(collides, world)
+    world._apply_gravity = MethodType(apply_gravity, world)
+    world._agents, world._landmarks = Entities(world._agents), Entities(world._landmarks)
+    for agent in world.scripted_agents:
+        agent.action_callback = MethodType(_run_script, agent)
+    for name, value in vars(scenario).items():
+        if type(value) is list and value and all(isinstance(entity, Entity) for entity in value):
+            setattr(scenario, name, Entities(value))
+
+
+def _run_script(agent: Any, world: Any) -> None:
+    """Lets a scripted agent act; VMAS then asserts the range of its action, which reads the device."""
+    agent.action_script(agent, world)
+
+
+def _set_action(agent: Any, force: Tensor, message: Tensor | None) -> None:
+    noise = agent.u_noise
+    if isinstance(noise, (list, tuple)):
+        noise = agent.action.u_noise_tensor if any(noise) else 0
+    if isinstance(noise, Tensor) or noise > 0:
+        force = force + torch.randn(force.shape, device=force.device) * noise
+    agent.action.u = force
+    if message is not None:
+        if agent.c_noise > 0:
+            message = message + torch.randn(message.shape, device=message.device) * agent.c_noise
+        agent.action.c = message
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else {key: _copy(entry) for key, entry in value.items()}

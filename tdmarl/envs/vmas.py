@@ -1,0 +1,265 @@
+"""VMAS scenarios as a TorchRL environment with TorchRL's own names, with correct ends and masked resets."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import MarlGroupMapType
+
+from tdmarl.envs.actions import ActionOptions
+from tdmarl.envs.functional import FunctionalVmas, Merge, Out
+from tdmarl.envs.groups import make_groups, make_specs
+
+
+class _Saved(EnvBase):
+    """Explicit state of an environment that has a `core` and keeps what it showed `_last`."""
+
+    core: FunctionalVmas
+    _last: TensorDict
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All that this environment's future depends on, as tensors: world, step counters, random streams."""
+        last = {f"last:{'/'.join(key)}": value.detach().clone() for key, value in self._leaves().items()}
+        return {**self.core.state_dict(), **last}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
+        """Continues to the last bit where `state_dict` was taken, also in another process."""
+        self.core.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("last:")})
+        for key in self._leaves():
+            self._last.set(key, state_dict[f"last:{'/'.join(key)}"].to(self.device, copy=True))
+
+    def _leaves(self) -> dict[tuple[str, ...], Tensor]:
+        leaves = self._last.items(include_nested=True, leaves_only=True)
+        return {key if isinstance(key, tuple) else (key,): value for key, value in leaves}
+
+    def get_state(self) -> TensorDict:
+        """A copy of the world and the step counters; random streams are in `state_dict` alone."""
+        return self.core.get_state()
+
+    def set_state(self, state: TensorDict) -> None:
+        """Goes on from a copy of `state`."""
+        self.core.set_state(state)
+
+    def detach(self) -> None:
+        """Cuts the graph of `grad_enabled=True` here: later rewards depend on later actions alone."""
+        self.core.set_state(self.core.get_state().detach())
+
+
+class VmasEnv(_Saved):
+    """Trains on any VMAS scenario; keys and arguments are those of `torchrl.envs.VmasEnv`.
+
+    Unlike there, the time limit is `truncated` and only the scenario's own end is `terminated`, both at the
+    root `[E, 1]` and per group `[E, n, 1]`; `next` holds the true last observation; any subset of the
+    environments is reset in one vectorized operation, without reading from the device; random choices are
+    each environment's own; random numbers come from this environment's streams alone; and `state_dict` holds
+    everything that the future depends on.
+
+    Groups are agents of one size and kind: by default those whose names are `<name>_<int>` with one `<name>`,
+    split further where observation or action sizes differ, or padded with `pad=True`.
+
+    Args:
+        scenario (str, BaseScenario or BaseScenario class): a shipped scenario's name, or one's own.
+        num_envs (int): number of environments, E.
+        continuous_actions (bool): False gives each agent a number of choices.
+        max_steps (int, optional): time limit of an episode.
+        categorical_actions (bool): False encodes choices as one-hot vectors.
+        seed (int, optional): starts the random streams; None takes one from the operating system.
+        group_map (dict or MarlGroupMapType, optional): names of the agents of each group.
+        device (torch.device, optional): where everything lives; None is torch's default device.
+        time_limit (str): "truncate", or "terminate" to set `terminated` at the limit too, as TorchRL does.
+        pad (bool): pads unlike agents of a group: observations with zeros, continuous actions with dimensions
+            whose bounds are both 0, choices with ones that are False in `(group, "action_mask")`.
+        check_nan (bool): raises on actions that are NaN or no valid choice; on CUDA asynchronously.
+        multidiscrete_actions (bool): a choice per action dimension instead of one from their product.
+        grad_enabled (bool): rewards and observations stay differentiable with respect to actions, through
+            time; `detach()` ends that.
+        **scenario_kwargs: the scenario's own arguments.
+
+    Raises:
+        ValueError: the scenario is unknown, or a group holds unlike agents without `pad`.
+        NotImplementedError: the scenario is not supported, see `tdmarl.envs.scenarios.UNSUPPORTED`.
+
+    Examples:
+        >>> env = VmasEnv("balance", num_envs=4, max_steps=100, seed=0)
+        >>> env.rollout(3)["next", "agents", "reward"].shape
+        torch.Size([4, 3, 3, 1])
+    """
+
+    def __init__(
+        self,
+        scenario: Any,
+        *,
+        num_envs: int,
+        continuous_actions: bool = True,
+        max_steps: int | None = None,
+        categorical_actions: bool = True,
+        seed: int | None = None,
+        group_map: MarlGroupMapType | dict[str, list[str]] | None = None,
+        device: torch.device | str | int | None = None,
+        time_limit: str = "truncate",
+        pad: bool = False,
+        check_nan: bool = True,
+        multidiscrete_actions: bool = False,
+        grad_enabled: bool = False,
+        **scenario_kwargs: Any,
+    ) -> None:
+        if time_limit not in ("truncate", "terminate"):
+            raise ValueError(f"time_limit is {time_limit!r}; expected 'truncate' or 'terminate'.")
+        if multidiscrete_actions and continuous_actions:
+            raise ValueError("multidiscrete_actions=True needs continuous_actions=False.")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        super().__init__(device=device, batch_size=[num_envs], allow_done_after_reset=True)
+        seed = secrets.randbits(31) if seed is None else seed
+        self.core = FunctionalVmas(scenario, num_envs, device, seed, grad_enabled, scenario_kwargs)
+        self.num_envs, self.max_steps, self.time_limit = num_envs, max_steps, time_limit
+        self.continuous_actions, self.categorical_actions = continuous_actions, categorical_actions
+        self.check_nan = check_nan
+        self._viewer: Any = None
+        self.agents = self.core.simulation.agents
+        self.n_agents, self.agent_names = len(self.agents), [agent.name for agent in self.agents]
+        out = self.core.restart()
+        options = ActionOptions(continuous_actions, multidiscrete_actions, one_hot=not categorical_actions)
+        self.groups = make_groups(self.agents, self.core.simulation.world, out, group_map, pad, options)
+        self.group_map = {group.name: [self.agent_names[i] for i in group.indices] for group in self.groups}
+        action, observation, reward, done = make_specs(self.groups, out, device)
+        self.full_action_spec_unbatched, self.full_observation_spec_unbatched = action, observation
+        self.full_reward_spec_unbatched, self.full_done_spec_unbatched = reward, done
+        self.core.seed(seed)
+        self._reset()
+
+    @property
+    def scenario(self) -> Any:
+        """The VMAS scenario object that runs."""
+        return self.core.simulation.scenario
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.core.seed(secrets.randbits(31) if seed is None else seed)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        actions: list[Any] = [None] * self.n_agents
+        for group in self.groups:
+            for i, action in zip(group.indices, group.act(tensordict, self.check_nan)):
+                actions[i] = action
+        out = self.core.advance(actions)
+        self._last = self._tensordict(out)
+        shown = self._last.copy()
+        for group in self.groups:
+            shown.get(group.name).set("reward", group.reward(out))
+        return shown
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
+        """Resets all environments, or those of the root `_reset` [E, 1]; others show what they did."""
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is None:
+            self._last = self._tensordict(self.core.restart())
+        else:
+            mask = mask.reshape(self.num_envs)
+            self._last = self._tensordict(self.core.restart(mask), mask)
+        return self._last.copy()
+
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        """Adds random actions, valid ones also where choices are padded."""
+        if tensordict is None:
+            tensordict = TensorDict({}, batch_size=self.batch_size, device=self.device)
+        for group in self.groups:
+            tensordict.set((group.name, "action"), group.actions.random(self.num_envs))
+        return tensordict
+
+    def reset_done(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        """What the policy sees after a step: the `next` entries of that step, with finished environments
+        reset.
+
+        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. On the CPU nothing is done
+        when no environment ended; other devices are not asked.
+
+        Args:
+            next_tensordict (TensorDict): `tensordict["next"]` of the step made last.
+
+        Returns:
+            A new tensordict [E] with the observation entries and done, terminated, truncated; no reward.
+        """
+        done = next_tensordict.get("done")
+        if done.device.type == "cpu" and not done.any():
+            return self._last.copy()
+        return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
+
+    def _tensordict(self, out: Out, mask: Tensor | None = None) -> TensorDict:
+        """Observations and ends after a step or a reset; outside `mask` [E] those that were shown last."""
+        terminated = out.terminated.reshape(self.num_envs, 1).clone()  # not an inference tensor
+        if self.max_steps is None:
+            truncated = torch.zeros_like(terminated)
+        else:
+            truncated = self.core.simulation.steps.unsqueeze(-1) >= self.max_steps
+        if self.time_limit == "terminate":
+            terminated = terminated | truncated
+        ends = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
+        entries: dict[str, Any] = dict(ends)
+        for group in self.groups:
+            entries[group.name] = group.show(out)
+        if mask is not None:
+            entries = _merged(Merge(mask), entries, self._last)
+        for group in self.groups:
+            own, n = entries[group.name], len(group.indices)
+            own.update({key: entries[key].unsqueeze(1).repeat(1, n, 1) for key in ends})  # [E, n, 1]
+            entries[group.name] = _tensordict(own, torch.Size([self.num_envs, n]), self.device)
+        return _tensordict(entries, self.batch_size, self.device)
+
+    def render(self, env_index: int = 0, **kwargs: Any) -> Any:
+        """One environment's picture from VMAS's viewer, uint8 `[height, width, 3]`."""
+        if self._viewer is None:
+            self._viewer = make_viewer(self.core.simulation, self.continuous_actions)
+        return self._viewer.render(mode="rgb_array", env_index=env_index, **kwargs)
+
+    def to(self, device: Any) -> VmasEnv:
+        """This environment if it is there already.
+
+        Raises:
+            NotImplementedError: it is elsewhere. VMAS leaves some of a scenario's tensors behind when moved.
+        """
+        if torch.device(device) != self.device:
+            raise NotImplementedError(
+                f"VmasEnv lives on {self.device} and cannot move to {device}; build it with"
+                f" device={str(device)!r} and carry the state over with load_state_dict."
+            )
+        return self
+
+
+def _tensordict(entries: dict[str, Any], batch_size: torch.Size, device: torch.device) -> TensorDict:
+    """A tensordict of entries known to fit; without checks, which cost 0.3 ms per step."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            entries[key] = _tensordict(value, batch_size, device)
+    return TensorDict._new_unsafe(entries, batch_size=batch_size, device=device)
+
+
+def _merged(merge: Merge, new: Any, old: Any) -> dict[str, Any]:
+    """Nested entries, each merged."""
+    found = {}
+    for key, value in new.items():
+        mine = old.get(key)
+        found[key] = merge(value, mine) if isinstance(value, Tensor) else _merged(merge, value, mine)
+    return found
+
+
+def make_viewer(simulation: Any, continuous_actions: bool) -> Any:
+    """VMAS's own environment around a world that is already there, for its viewer only."""
+    from vmas.simulator.environment import Environment
+
+    viewer = Environment.__new__(Environment)
+    attributes = {
+        "scenario": simulation.scenario,
+        "world": simulation.world,
+        "num_envs": simulation.envs,
+        "agents": simulation.agents,
+        "n_agents": len(simulation.agents),
+        "continuous_actions": continuous_actions,
+        "_batch_dim": simulation.envs,
+        "_device": simulation.device,
+    }
+    vars(viewer).update(attributes, viewer=None, headless=None, visible_display=None, text_lines=None)
+    return viewer

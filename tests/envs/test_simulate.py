@@ -1,0 +1,24 @@
+"""The benchmark of the simulator runs and writes what it promises."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vmas")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "simulate.json"
+    sizes = ["--num-envs", "8", "--steps", "2", "--warmup", "0", "--repetitions", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "simulate.py"), *sizes, "--out", str(out)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    result = json.loads(out.read_text())
+    assert result["ratio"]["torchrl"] == 1.0 and result["frames_per_second"]["tdmarl_step"] > 0
+    assert {"versions", "commit", "cpu"} <= result["machine"].keys() and result["reset_ratio"] >= 1
