@@ -40,7 +40,7 @@ def make_env(options: EmbedOptions) -> tdmarl.VmasEnv:
     """The simulator, as for any TorchRL loop."""
     return tdmarl.VmasEnv(
         options.scenario, num_envs=options.num_envs, max_steps=options.max_steps, device=options.pick_device(),
-        seed=options.seed,
+        seed=options.seed, **options.task(),
     )  # fmt: skip
 
 
@@ -59,17 +59,14 @@ def make_trainer(options: EmbedOptions, total_frames: int, folder: Path) -> Trai
     group = next(iter(env.group_map))
     actor, critic = tdmarl.gaussian_actor(env, group), tdmarl.state_critic(env, group, scope="team")
     loss = ClipPPOLoss(actor, critic, clip_epsilon=0.2, entropy_coeff=0.0)
-    loss.set_keys(**{key: (group, name) for key, name in (
-        ("advantage", "advantage"), ("value_target", "value_target"), ("value", "state_value"),
-    )})  # fmt: skip
-    collector = tdmarl.Collector(
-        env, actor, frames_per_batch=options.frames_per_batch, total_frames=total_frames, seed=options.seed
-    )
+    names = {"advantage": "advantage", "value_target": "value_target", "value": "state_value"}
+    loss.set_keys(**{key: (group, name) for key, name in names.items()})
+    collector = tdmarl.Collector(env, actor, frames_per_batch=options.frames_per_batch, total_frames=total_frames)
     trainer = Trainer(
         collector=collector, total_frames=total_frames, frame_skip=1, loss_module=loss, num_epochs=options.num_epochs,
         optim_steps_per_batch=options.frames_per_batch // options.minibatch_size, progress_bar=False,
-        optimizer=torch.optim.Adam(loss.parameters(), 1e-3), clip_norm=10.0,
-        optimization_stepper=DefaultOptimizationStepper(), checkpoint=Checkpoint(), save_trainer_file=folder, save_trainer_interval=options.frames_per_batch,
+        optimizer=torch.optim.Adam(loss.parameters(), 1e-3), optimization_stepper=DefaultOptimizationStepper(),
+        clip_norm=10.0, checkpoint=Checkpoint(), save_trainer_file=folder, save_trainer_interval=2**62,
     )  # fmt: skip
     buffer, prepare = batch_buffer(options), tdmarl.Advantage(critic, [group])
 
@@ -101,10 +98,8 @@ def fed_by_torchrl(options: EmbedOptions) -> None:
     algo = tdmarl.mappo(env, tuple(env.group_map), lr=1e-3, seed=options.seed)
     updates = options.num_epochs * (options.frames_per_batch // options.minibatch_size)
     learner = tdmarl.Learner(algo.learner.step, batch_buffer(options), updates=updates, prepare=algo.learner.prepare)
-    collector = TorchRLCollector(
-        env, algo.explore, frames_per_batch=options.frames_per_batch, total_frames=options.total_frames,
-        auto_register_policy_transforms=False,
-    )  # fmt: skip
+    frames = {"frames_per_batch": options.frames_per_batch, "total_frames": options.total_frames}
+    collector = TorchRLCollector(env, algo.explore, auto_register_policy_transforms=False, **frames)
     for batch in collector:
         learner(batch)
         collector.update_policy_weights_()

@@ -31,7 +31,7 @@ _WEIGHTS = (
 
 
 class _Box(Distribution):
-    """An independent normal per action dimension of a box ``[low, high]``; dimensions with ``low == high`` are padding."""
+    """An independent normal per action dimension of a box; dimensions with ``low == high`` are padding."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = True

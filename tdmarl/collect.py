@@ -78,7 +78,7 @@ class Stepper:
         step = self.env.step(step)
         after = step.get("next")
         done = after.get("done")
-        if hasattr(self.env, "reset_done"):
+        if hasattr(type(self.env), "reset_done"):  # a TransformedEnv would pass its base's on, past the transforms
             following = self.env.reset_done(after)
         else:
             following = self.env.maybe_reset(after.select(*self._shown, strict=False))

@@ -17,8 +17,8 @@ entry                                  shape               meaning
 ``(group, "advantage")``               ``[*B, n, 1]``      standardized generalized advantage
 ``(group, "value_target")``            ``[*B, n, 1]``      lambda-return in reward units
 ``("next", group, "reward")``          ``[*B, n, 1]``      reward of the step
-``("next", group, "done")``            ``[*B, n, 1]``      the agent's episode is over; also ``terminated``, ``truncated``
-``("next", group, "episode_reward")``  ``[*B, n, 1]``      undiscounted return of the running episode, this step included
+``("next", group, "done")``            ``[*B, n, 1]``      the agent's episode is over; also its kinds
+``("next", group, "episode_reward")``  ``[*B, n, 1]``      undiscounted return of the running episode so far
 ``("next", "done")``                   ``[*B, 1]``         the environment's episode is over; also ``terminated`` ...
 ``"state"``                            ``[*B, s]``         global state (optional)
 ``"is_init"``                          ``[*B, 1]``         first step of an episode

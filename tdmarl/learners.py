@@ -96,9 +96,10 @@ class BatchBuffer:
         if length > 1:
             steps = data.shape[-1]
             if steps % length:
+                below, above = steps - steps % length or length, steps + length - steps % length
                 raise ValueError(
-                    f"The batch has {steps} steps in time, which is no multiple of sequence_length={length}: collect "
-                    f"{steps - steps % length or length} or {steps + length - steps % length} steps of each environment."
+                    f"The batch has {steps} steps in time, which is no multiple of sequence_length={length}: "
+                    f"collect {below} or {above} steps of each environment."
                 )
             data = data.reshape(*data.shape[:-1], steps // length, length)
             data = data.flatten(first, -2) if data.ndim > first + 2 else data

@@ -243,10 +243,17 @@ def open_tracker(kind: str, folder: Path, identity: str, config: Mapping[str, An
         )
         logger.log_hparams(dict(config))
     elif kind == "mlflow":
+        import mlflow
         from torchrl.record.loggers.mlflow import MLFlowLogger
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
-        logger = MLFlowLogger(exp_name=folder.name, tracking_uri=uri)
+        name = f"{folder.name}-{identity}"
+        mlflow.set_tracking_uri(uri)
+        before = mlflow.get_experiment_by_name(name)
+        if before is not None:  # what start_run continues is told by a variable
+            runs = mlflow.MlflowClient().search_runs([before.experiment_id], max_results=1)
+            os.environ.update({"MLFLOW_RUN_ID": run.info.run_id for run in runs})
+        logger = MLFlowLogger(exp_name=name, tracking_uri=uri)
     return logger
 
 
@@ -327,6 +334,11 @@ class Bar:
         shown += [f"{short} {self.values[short]:.3g}" for short in self.NAMES if short in self.values]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update(int(row["frames"] or 0) - self.bar.n)
+
+    @property
+    def gap(self) -> str:
+        """What must stand before other text on the terminal so that it does not share the bar's line."""
+        return "" if self.bar is None else "\n"
 
     def close(self) -> None:
         """Leaves the last line on the terminal."""

@@ -17,6 +17,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
+import json
 import os
 import random
 import shutil
@@ -36,6 +38,7 @@ from torch import nn
 from torchrl.checkpoint import Checkpoint, GlobalRNGState, StateDictCheckpointAdapter
 
 from tdmarl import log, seeds
+from tdmarl.envs.tasks import TASKS
 
 OVERRIDABLE = (
     "total_frames", "logger", "progress", "device", "eval_every", "eval_episodes", "checkpoint_every",
@@ -48,6 +51,8 @@ class Options:
 
     scenario: str = "navigation"
     """Name of the VMAS scenario."""
+    scenario_args: str = "{}"
+    """The scenario's own arguments as JSON, such as '{"n_agents": 5}', over those of tdmarl.envs.tasks."""
     num_envs: int = 128
     """Environments simulated side by side."""
     max_steps: int = 100
@@ -93,6 +98,17 @@ class Options:
             )
         log.check_tracker(self.logger)
         self.pick_device()
+        self.task()
+
+    def task(self) -> dict[str, Any]:
+        """The scenario's arguments: those of the published comparisons, and ``scenario_args`` over them."""
+        try:
+            given = json.loads(self.scenario_args)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--scenario-args {self.scenario_args!r} is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"--scenario-args {self.scenario_args!r} must be an object such as '{{\"n_agents\": 5}}'")
+        return TASKS.get(self.scenario, {}) | given
 
     def pick_device(self) -> torch.device:
         """The device that ``device`` names; ValueError where it is not there."""
@@ -205,13 +221,13 @@ class Run:
         self.state.update(iteration=iteration, frames=frames, seconds=self.state["seconds"] + elapsed)
         row: dict[str, log.Value] = {
             "iteration": iteration, "frames": frames, "seconds": round(self.state["seconds"], 3),
-            "frames_per_second": round(new_frames / elapsed, 1), **values,
+            "frames_per_second": round(new_frames / max(elapsed, 1e-9), 1), **values,
         }
         self.table.append(row)
         log.track(self.tracker, row)
         self.bar.advance(row)
-        result = values.get("eval_return_mean_agents")
-        if result is not None and (self.state["best"] is None or result > self.state["best"]):
+        best, result = self.state["best"], values.get("eval_return_mean_agents", -math.inf)
+        if result > (-math.inf if best is None else best):  # never so for NaN
             self.state["best"] = result
             self.checkpoints.write("best", ["policy", "run"])
         stopping = self.signal  # read once: it may arrive while the checkpoint is written
@@ -236,9 +252,10 @@ class Run:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self.signal = number
-        print("stopping after this iteration and its checkpoint; again to stop at once", file=sys.stderr)
+        text = "stopping after this iteration and its checkpoint; again to stop at once\n"
+        os.write(2, (self.bar.gap + text).encode())  # not print: it fails in the middle of another one
 
     def _begin(self) -> dict[str, Any]:
         if (self.folder / "config.json").exists():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
+
+from tdmarl.learners import Learner
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Algorithm:
         policy (TensorDictModuleBase): acts; under ``ExplorationType.DETERMINISTIC`` without exploring. What is
             evaluated and saved.
         explore (TensorDictModuleBase): what the collector runs.
-        learner (callable): a collected batch to a tensordict of scalar metrics on the device; has ``state_dict``
+        learner (Learner): a collected batch to a tensordict of scalar metrics on the device; has ``state_dict``
             and ``load_state_dict`` over all that learning changes.
     """
 
     policy: TensorDictModuleBase
     explore: TensorDictModuleBase
-    learner: Callable[..., Any]
+    learner: Learner

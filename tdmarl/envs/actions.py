@@ -43,7 +43,7 @@ class ContinuousActions:
         for i, (agent, (force, message)) in enumerate(zip(agents, sizes)):
             limits[0, i, :force] = -agent.action.u_range_tensor
             limits[1, i, :force] = agent.action.u_range_tensor
-            limits[1, i, force:force + message] = 1
+            limits[1, i, force : force + message] = 1
             self._factor[i, :force] = agent.action.u_multiplier_tensor
         self._low, self._high, self._sizes = limits[0], limits[1], sizes
         self.spec: TensorSpec = Bounded(limits[0], limits[1], device=world.device, dtype=torch.float32)
@@ -62,7 +62,7 @@ class ContinuousActions:
         scaled = torch.clamp(action, self._low, self._high) * self._factor  # [E, n, a]
         found: list[Action] = []
         for own, (force, message) in zip(scaled.unbind(1), self._sizes):
-            found.append((own[:, :force], own[:, force:force + message] if message else None))
+            found.append((own[:, :force], own[:, force : force + message] if message else None))
         return found
 
 
@@ -85,7 +85,7 @@ class DiscreteActions:
         dimensions = max(map(len, choices))
         counts = torch.ones(len(agents), dimensions, dtype=torch.int64)  # [n, k]
         for i, own in enumerate(choices):
-            counts[i, :len(own)] = torch.tensor(own)
+            counts[i, : len(own)] = torch.tensor(own)
         self._agents, self._multi, self._one_hot = len(agents), multi, one_hot
         self._forces = [agent.action_size for agent in agents]
         self._messages = [own[-1] if len(own) > force else 0 for own, force in zip(choices, self._forces)]
@@ -157,7 +157,7 @@ def _spread(choices: int, limit: Tensor) -> Tensor:
     places = torch.arange(choices, device=limit.device)
     if choices % 2:
         half = choices // 2
-        places = torch.cat([places[half:half + 1], places[:half], places[half + 1 :]])
+        places = torch.cat([places[half : half + 1], places[:half], places[half + 1 :]])
     return (places / (choices - 1)) * (2 * limit) - limit
 
 

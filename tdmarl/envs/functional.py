@@ -11,6 +11,9 @@ VMAS environments stay as they are.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
+import warnings
 from types import MethodType
 from typing import Any, Callable, ContextManager, Iterator, NamedTuple
 
@@ -60,7 +63,7 @@ class Simulation:
         grad_mode: Callable[[], ContextManager[Any]] = torch.no_grad,
     ) -> None:
         self.scenario, self.envs, self.device, self.grad_mode = scenario, envs, device, grad_mode
-        self.world = world = scenario.env_make_world(envs, device, **kwargs)
+        self.world = world = _make_world(scenario, envs, device, kwargs)
         self.agents = world.policy_agents
         self.steps = torch.zeros(envs, dtype=torch.int64, device=device)  # [E]
         self.draws = Draws(envs, device)
@@ -133,6 +136,14 @@ class Simulation:
         return found
 
 
+class Spares(NamedTuple):
+    """Initial states of all environments, drawn at once and handed out row by row, each row once."""
+
+    state: dict[str, Tensor]  # what a reset writes
+    out: Out
+    unused: Tensor  # [E]
+
+
 class FunctionalVmas:
     """A VMAS scenario whose state can be taken out, put in, merged by mask and saved.
 
@@ -160,6 +171,7 @@ class FunctionalVmas:
     ) -> None:
         kwargs = scenario_kwargs or {}
         self.streams = Streams(device, seed)
+        self.spares: Spares | None = None
         with self.streams:
             twin = Simulation(make_scenario(scenario), _TWIN_ENVS, device, dict(kwargs))
             mode = torch.enable_grad if grad_enabled else torch.inference_mode
@@ -194,7 +206,7 @@ class FunctionalVmas:
         `seed` begins with the state that the scenario was built with: same seed, same trajectory.
         """
         self.streams.seed(seed)
-        self._start_over = True
+        self._start_over, self.spares = True, None
 
     def advance(self, actions: list[Action]) -> Out:
         """One step from the present state."""
@@ -209,18 +221,44 @@ class FunctionalVmas:
         was not taken.
         """
         if mask is None:
+            self.spares = None
             if self._start_over:
                 self._write({name: value.clone() for name, value in self._first.items()})
                 self.slots.write_numbers(self._first_numbers)
                 self._start_over = False
             with self.streams:
                 return self.simulation.restart()
+        new, out = self._draw()
+        self._merge(mask, new)
+        return out
+
+    def restart_from_spares(self, mask: Tensor) -> Out:
+        """Resets the environments where `mask` [E] is True to states drawn ahead, each of which serves once.
+
+        Few environments end in any one step, and drawing is what a reset costs: all rows are drawn at once, and
+        row i waits until environment i ends. When one is needed a second time, all are drawn anew. Whether that
+        is so is read from `mask`, so this is for devices where a read waits for nothing. What a reset leaves as
+        it is stays the environment's own; `out` may show it as it was when the rows were drawn.
+        """
+        if self.spares is None or bool((mask & ~self.spares.unused).any()):
+            self.spares = Spares(*self._draw(), torch.ones_like(mask))
+        self._merge(mask, self.spares.state)
+        self.spares = self.spares._replace(unused=self.spares.unused & ~mask)
+        return self.spares.out
+
+    def _draw(self) -> tuple[dict[str, Tensor], Out]:
+        """What a reset of all environments would write and show; the state stays as it is."""
+        names = self.slots.reset_names | {"steps"}
         old = {name: value.clone() for name, value in self._read().items()}
         with self.streams:
             out = self.simulation.restart()
-        merge = Merge(mask)
-        self._write({name: merge(value, old[name]) for name, value in self._read().items()})
-        return out
+        new = {name: value for name, value in self._read().items() if name in names}
+        self._write(old)
+        return new, out
+
+    def _merge(self, mask: Tensor, new: dict[str, Tensor]) -> None:
+        merge, present = Merge(mask), self._read()
+        self._write(present | {name: merge(value, present[name]) for name, value in new.items()})
 
     def step(self, state: TensorDict, actions: list[Action]) -> tuple[TensorDict, Out]:
         """The state after one step from `state`, which is left as it is."""
@@ -250,6 +288,7 @@ class FunctionalVmas:
             **{f"number:{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
             **{f"stream:{name}": value for name, value in self.streams.state().items()},
             "stream:start_over": torch.tensor(self._start_over),
+            **({} if self.spares is None else _flat(self.spares)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -259,7 +298,7 @@ class FunctionalVmas:
             KeyError: an entry is missing.
             ValueError: an entry has another shape.
         """
-        parts: dict[str, dict[str, Tensor]] = {"state": {}, "number": {}, "stream": {}}
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "number": {}, "stream": {}, "spare": {}}
         for key, value in state_dict.items():
             kind, _, name = key.partition(":")
             parts[kind][name] = value
@@ -280,6 +319,7 @@ class FunctionalVmas:
         self.slots.write_numbers({name: value.item() for name, value in parts["number"].items()})
         self.streams.load_state(parts["stream"])
         self._start_over = bool(parts["stream"]["start_over"])
+        self.spares = _nested(parts["spare"], self.simulation.device) if parts["spare"] else None
 
     def _read(self) -> dict[str, Tensor]:
         return {"steps": self.simulation.steps, **self.slots.read()}
@@ -289,13 +329,61 @@ class FunctionalVmas:
         self.slots.write(state)
 
 
+def _make_world(scenario: Any, envs: int, device: torch.device, kwargs: dict[str, Any]) -> Any:
+    """The scenario's world; an argument that it does not know is an error, where VMAS only warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Scenario kwargs")
+        try:
+            return scenario.env_make_world(envs, device, **kwargs)
+        except UserWarning:
+            source = inspect.getsource(type(scenario).make_world)
+            known = sorted(set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", source)))
+            unknown = sorted(set(kwargs) - set(known))
+            raise ValueError(f"The scenario has no argument {unknown}; it has {known}.") from None
+
+
 def _find_slots(twin: Simulation) -> Slots:
     def step() -> Out:
         return twin.advance(twin.random_actions())
 
     for move in (twin.restart, step, step):
         move()
-    return Slots(twin.scenario, [step, twin.restart, twin.restart, step, step], _TWIN_ENVS)
+    return Slots(twin.scenario, [step, twin.restart, twin.restart, step, step], twin.restart, _TWIN_ENVS)
+
+
+def _flat(spares: Spares) -> dict[str, Tensor]:
+    """Spares as entries of a state dict."""
+    out = spares.out
+    found = {"unused": spares.unused, "terminated": out.terminated}
+    found |= {f"state:{name}": value for name, value in spares.state.items()}
+    for kind, agents in (("observation", out.observation), ("info", out.info)):
+        for i, value in enumerate(agents):
+            found |= {f"{kind}:{i}{path}": leaf for path, leaf in _leaves(value)}
+    return {f"spare:{name}": value.detach().clone() for name, value in found.items()}
+
+
+def _nested(entries: dict[str, Tensor], device: torch.device) -> Spares:
+    """The spares of which `_flat` made the entries."""
+    kinds: dict[str, Any] = {"state": {}, "observation": {}, "info": {}}
+    for name, value in entries.items():
+        kind, _, rest = name.partition(":")
+        *path, last = [rest] if kind == "state" else [kind] if not rest else rest.split(":")
+        place = kinds[kind] if rest else kinds
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value.to(device, copy=True)
+    agents = [str(i) for i in range(len(kinds["observation"]))]
+    info = [kinds["info"].get(i, {}) for i in agents]
+    out = Out([kinds["observation"][i] for i in agents], [], info, kinds["terminated"])
+    return Spares(kinds["state"], out, kinds["unused"])
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    else:
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{path}:{key}")
 
 
 class Merge:

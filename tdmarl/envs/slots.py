@@ -75,11 +75,15 @@ class Slots:
 
     Args:
         moves (list of callables): steps and resets of a twin of the simulator, run in order.
+        reset (callable): which of them is the reset; the slots that it writes are `reset_names`.
         twin: root of that twin, which `moves` change.
         envs (int): number of environments of the twin.
     """
 
-    def __init__(self, twin: Any, moves: list[Callable[[], Any]], envs: int) -> None:
+    def __init__(
+        self, twin: Any, moves: list[Callable[[], Any]], reset: Callable[[], Any], envs: int
+    ) -> None:
+        by_reset: set[str] = set()
         partitions, first = [_partition(twin)], _tensors(twin)
         numbers, changed, changed_numbers = _numbers(twin), {}, {}
         for move in moves:
@@ -89,6 +93,7 @@ class Slots:
                 old, version = before.get(name, (None, None))
                 if old is not value or version != value._version:
                     changed[name] = value
+                    by_reset |= {name} if move == reset else set()
             partitions.append(_partition(twin))
             now = _numbers(twin)
             changed_numbers.update(
@@ -103,6 +108,7 @@ class Slots:
             ):
                 groups.setdefault(tuple(partition[name] for partition in partitions), []).append(name)
         self.names = {group[0]: group for group in groups.values()}
+        self.reset_names = {slot for slot, group in self.names.items() if not by_reset.isdisjoint(group)}
         self.numbers = [name for name, value in changed_numbers.items() if value == value]
 
     def bind(self, root: Any) -> None:

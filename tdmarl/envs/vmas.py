@@ -74,6 +74,9 @@ class VmasEnv(_Saved):
         time_limit (str): "truncate", or "terminate" to set `terminated` at the limit too, as TorchRL does.
         pad (bool): pads unlike agents of a group: observations with zeros, continuous actions with dimensions
             whose bounds are both 0, choices with ones that are False in `(group, "action_mask")`.
+        spare_resets (bool): on the CPU, draws initial states for all environments at once and lets each wait until
+            its environment ends, instead of drawing them at every end. False for scenarios whose resets must
+            follow what changes during training, such as a curriculum.
         check_nan (bool): raises on actions that are NaN or no valid choice; on CUDA asynchronously.
         multidiscrete_actions (bool): a choice per action dimension instead of one from their product.
         grad_enabled (bool): rewards and observations stay differentiable with respect to actions, through
@@ -103,6 +106,7 @@ class VmasEnv(_Saved):
         device: torch.device | str | int | None = None,
         time_limit: str = "truncate",
         pad: bool = False,
+        spare_resets: bool = True,
         check_nan: bool = True,
         multidiscrete_actions: bool = False,
         grad_enabled: bool = False,
@@ -119,6 +123,7 @@ class VmasEnv(_Saved):
         self.num_envs, self.max_steps, self.time_limit = num_envs, max_steps, time_limit
         self.continuous_actions, self.categorical_actions = continuous_actions, categorical_actions
         self.check_nan = check_nan
+        self.spare_resets = spare_resets and device.type == "cpu" and not grad_enabled
         self._viewer: Any = None
         self.agents = self.core.simulation.agents
         self.n_agents, self.agent_names = len(self.agents), [agent.name for agent in self.agents]
@@ -159,7 +164,8 @@ class VmasEnv(_Saved):
             self._last = self._tensordict(self.core.restart())
         else:
             mask = mask.reshape(self.num_envs)
-            self._last = self._tensordict(self.core.restart(mask), mask)
+            reset = self.core.restart_from_spares if self.spare_resets else self.core.restart
+            self._last = self._tensordict(reset(mask), mask)
         return self._last.copy()
 
     def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:

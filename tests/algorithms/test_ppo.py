@@ -191,8 +191,8 @@ def test_the_dead_and_the_forbidden_leave_no_trace_in_training():
 
 def test_learner_resumes_to_the_last_bit():
     env = ToyEnv()
-    make = lambda seed: mappo(env, num_epochs=2, minibatch_size=7, anneal_frames=200, max_kl=0.5, seed=seed)  # noqa: E731
-    algo, other = make(0), make(5)
+    options = {"num_epochs": 2, "minibatch_size": 7, "anneal_frames": 200, "max_kl": 0.5}
+    algo, other = (mappo(env, seed=seed, **options) for seed in (0, 5))
     collector = tdmarl.Collector(env, algo.explore, frames_per_batch=20, seed=0)
     batches = [collector.rollout() for _ in range(4)]
     for batch in batches[:2]:

@@ -133,6 +133,11 @@ def test_unknown_scenario_names_the_nearest() -> None:
         make("navigatoin")
 
 
+def test_a_scenario_argument_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\['n_agent'\].*'n_agents'"):
+        make("navigation", n_agent=3)
+
+
 def test_time_limit_truncates_and_does_not_terminate() -> None:
     env = make(max_steps=3)
     rollout = env.rollout(3, lambda td: act(env, td, torch.Generator().manual_seed(0)))
@@ -577,7 +582,7 @@ class NoHostReads(TorchDispatchMode):
 )
 def test_neither_step_nor_reset_reads_the_device(name: str) -> None:
     """As on CUDA, where boolean indexing is replaced as well; same result."""
-    env, reference = make(name, check_nan=False), make(name)
+    env, reference = (make(name, check_nan=False, spare_resets=False) for _ in range(2))
     env.core.simulation.fixed_size = True
     td, other = env.reset(), reference.reset()
     mask = TensorDict({"_reset": (torch.arange(6) < 3).unsqueeze(-1)}, batch_size=[6])
@@ -594,12 +599,63 @@ def test_neither_step_nor_reset_reads_the_device(name: str) -> None:
 
 
 def test_rendering_gives_a_picture() -> None:
-    env = make("simple")
-    try:
-        picture = env.render(env_index=2)
-    except Exception as error:  # no display and no EGL
-        pytest.skip(f"VMAS cannot render here: {type(error).__name__}")
+    picture = make("simple").render(env_index=2)
     assert picture.ndim == 3 and picture.shape[-1] == 3 and picture.dtype == np.uint8 and picture.std() > 0
+
+
+def mask_of(*ended: int) -> Tensor:
+    return torch.isin(torch.arange(6), torch.tensor(ended))
+
+
+@pytest.mark.parametrize("name", ["navigation", "balance", "simple_tag", "simple_reference", "wind_flocking"])
+def test_spare_resets_serve_each_row_once_and_are_the_draw_of_all(name: str) -> None:
+    """Rows come from one draw as a reset of all would give it, until one is needed again."""
+    env, other = make(name), make(name)
+    for one in (env, other):
+        rollout(one, one.reset(), 3)
+    core = env.core
+    core.restart_from_spares(mask_of(1, 2))
+    first = core.spares
+    everything, _ = other.core._draw()
+    for key in first.state:
+        torch.testing.assert_close(core.get_state()[key][1:3], everything[key][1:3], equal_nan=True)
+    core.restart_from_spares(mask_of(4))
+    assert core.spares.state is first.state and core.spares.unused.tolist() == [True, False, False, True, False, True]
+    core.restart_from_spares(mask_of(0, 4))
+    assert core.spares.state is not first.state
+    assert core.spares.unused.tolist() == [False, True, True, True, False, True]
+
+
+def test_spare_resets_leave_the_others_and_their_own_past_alone() -> None:
+    env = make("balance")
+    env.rollout(3)
+    before = env.get_state()
+    env.core.restart_from_spares(mask_of(2))
+    after, rows = env.get_state(), [0, 1, 3, 4, 5]
+    for key in before.keys():
+        assert torch.equal(before[key][rows], after[key][rows]), key
+        if key not in env.core.slots.reset_names | {"steps"}:
+            assert torch.equal(before[key], after[key]), key
+    assert not torch.equal(before["steps"], after["steps"])
+
+
+@pytest.mark.parametrize("name", ["balance", "simple_reference", "navigation"])
+def test_spare_resets_are_saved(name: str) -> None:
+    env, other = make(name), make(name, seed=5)
+    env.rollout(3)
+    env._reset(TensorDict({"_reset": mask_of(1).unsqueeze(-1)}, [6]))
+    other.load_state_dict(env.state_dict())
+    for ended in ((2, 3), (2,), (0,)):
+        reset = TensorDict({"_reset": mask_of(*ended).unsqueeze(-1)}, [6])
+        assert_same(env._reset(reset), other._reset(reset))
+        assert_same(env.get_state(), other.get_state())
+
+
+def test_spare_resets_can_be_left_out() -> None:
+    env = make("balance", spare_resets=False)
+    env.rollout(2)
+    env._reset(TensorDict({"_reset": mask_of(1).unsqueeze(-1)}, [6]))
+    assert env.core.spares is None
 
 
 def test_replaced_puts_back_what_was_not_there() -> None:

@@ -1,0 +1,203 @@
+"""Every recipe as a user runs it: a process of its own, tiny sizes, killed, stopped and resumed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.checkpoint import Checkpoint
+
+from tdmarl.log import read_metrics
+from tdmarl.plot import main as plot
+from tdmarl.saving import load_policy
+
+ROOT = Path(__file__).parent.parent
+ALL = sorted((ROOT / "recipes").glob("*.py"))
+RECIPES = [recipe for recipe in ALL if recipe.stem.endswith("_vmas")]  # one per algorithm, each keeps a run
+TINY = [
+    "--num-envs", "4", "--max-steps", "10", "--frames-per-batch", "40", "--total-frames", "400",
+    "--minibatch-size", "20", "--num-epochs", "2", "--eval-every", "3", "--eval-episodes", "4",
+    "--device", "cpu",
+]  # fmt: skip
+ITERATIONS = 10
+
+# a process whose generators were used before the recipe starts
+DISTURBED = """
+import random, runpy, sys
+import numpy, torch
+torch.rand(5), numpy.random.rand(3), random.random()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(recipe: Path, *argv: str, disturbed: bool = False) -> subprocess.Popen[str]:
+    """A recipe's process, from outside the project's folder."""
+    before = ["-c", DISTURBED] if disturbed else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *before, str(recipe), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What a process wrote, once it has ended with the exit code expected."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out, err
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The table without what a clock measured."""
+    with (folder / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "frames_per_second")} for row in table]
+
+
+def wait_for_rows(folder: Path, number: int, process: subprocess.Popen[str]) -> None:
+    """Until the table has so many rows."""
+    path = folder / "metrics.csv"
+    while not path.exists() or path.read_text().count("\n") <= number:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def complete_state(folder: Path) -> dict[str, bytes]:
+    """The last checkpoint's bytes but the run's clock: parameters, optimizers, generators, simulator."""
+    with zipfile.ZipFile(folder / "checkpoints" / "last.torchrl") as archive:
+        names = [name for name in archive.namelist() if name.startswith("components/")]
+        return {name: archive.read(name) for name in names if "-run/" not in name}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each recipe's undisturbed run."""
+    base = tmp_path_factory.mktemp("whole")
+    folders = {recipe.stem: base / recipe.stem for recipe in RECIPES}
+    for recipe in RECIPES:
+        out, err = finish(start(recipe, *TINY, "--out", str(folders[recipe.stem])))
+        assert err == "" and out.startswith(f"{folders[recipe.stem]}: 400 frames in ")  # piped: no bar
+    return folders
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_leaves_a_run_that_acts_again(recipe: Path, whole: dict[str, Path], tmp_path: Path) -> None:
+    folder = whole[recipe.stem]
+    table = rows(folder)
+    assert [int(row["frames"]) for row in table] == [40 * (i + 1) for i in range(ITERATIONS)]
+    assert [i + 1 for i, row in enumerate(table) if row["eval_return_mean_agents"]] == [3, 6, 9, 10]
+    assert all(row["return_mean_agents"] for row in table)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["algorithm"]["name"] == recipe.stem.split("_")[0] and config["options"]["num_envs"] == 4
+    policy = load_policy(folder)
+    seen = TensorDict({"agents": TensorDict({"observation": torch.zeros(2, 4, 18)}, [2, 4])}, [2])
+    assert policy(seen)["agents", "action"].shape == (2, 4, 2)
+    assert plot([str(folder), "--out", str(tmp_path / "curve.png")]) == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
+    recipe: Path, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start(recipe, *TINY, "--out", str(folder))
+    wait_for_rows(folder, 2, process)
+    time.sleep(random.Random(recipe.stem).uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    done = int(Checkpoint.manifest(folder / "checkpoints" / "last.torchrl")["metadata"]["iteration"])
+    assert 1 <= done < ITERATIONS
+    kept = read_metrics(folder / "metrics.csv")[:done]
+    finish(start(recipe, "--resume", str(folder), disturbed=True))
+    table = read_metrics(folder / "metrics.csv")
+    assert table[:done] == kept and len(table) == ITERATIONS  # seconds included: not run again
+    assert json.loads((folder / "config.json").read_text())["resumes"][0]["iteration"] == done
+    assert rows(folder) == rows(whole[recipe.stem])
+    assert complete_state(folder) == complete_state(whole[recipe.stem])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_to_resume_from(
+    number: int, code: int, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe, folder = RECIPES[code % len(RECIPES)], tmp_path / "run"
+    process = start(recipe, *TINY, "--out", str(folder), "--checkpoint-every", "0", disturbed=True)
+    wait_for_rows(folder, 2, process)
+    process.send_signal(number)
+    _, err = finish(process, code)
+    assert err.count("\n") == 1 and "Traceback" not in err
+    done = int(Checkpoint.manifest(folder / "checkpoints" / "last.torchrl")["metadata"]["iteration"])
+    assert len(rows(folder)) == done >= 2
+    finish(start(recipe, "--resume", str(folder)))
+    assert rows(folder) == rows(whole[recipe.stem])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--scenario", "navigatoin"], "navigation"),
+    (["--minibatch-size", "41"], "--minibatch-size 41 must be between 1 and the batch's 40 frames"),
+    (["--frames-per-batch", "42"], "--frames-per-batch 42 is not a multiple of --num-envs 4; 40 would be"),
+    (["--device", "cuda:9"], "--device cuda:9 is not there"),
+    (["--logger", "mlflow"], "--logger mlflow needs the package mlflow: pip install mlflow"),
+])  # fmt: skip
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_bad_argument_is_one_line_and_exit_code_2(
+    recipe: Path, argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
+    module = load(recipe)
+    (kind,) = (value for name, value in vars(module).items() if name.endswith("Options") and len(name) > 7)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        module.launch(module.main, kind, [*TINY, "--out", str(tmp_path / "run"), *argv])
+    signal.signal(signal.SIGTERM, before)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "run").exists()
+
+
+def load(recipe: Path) -> Any:
+    """A recipe's module, without running it."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{recipe.stem}", recipe)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_vmas_the_command_to_type_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vmas.py").write_text("raise ModuleNotFoundError(\"No module named 'vmas'\", name='vmas')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + DISTURBED
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(RECIPES[0]), *TINY, "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install" in done.stderr and "vmas" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", [r for r in ALL if r not in RECIPES], ids=lambda recipe: recipe.stem)
+def test_every_other_recipe_runs(recipe: Path, tmp_path: Path) -> None:
+    out, err = finish(start(recipe, *TINY, "--total-frames", "80", "--out", str(tmp_path / "run")))
+    assert out and "Traceback" not in err
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.stem)
+def test_a_recipe_stays_short(recipe: Path) -> None:
+    assert len(recipe.read_text().splitlines()) <= 120
