@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go and without a network: correctness first, then speed, figures as JSON.
+#
+#   benchmarks/gpu.sh [WHEELS]
+#
+# WHEELS is a folder of wheels (torchrl, tensordict, vmas and what they need; torch itself is taken as it is
+# installed). Without it the packages of $PYTHON are used as they are.
+#
+# Environment: PYTHON (python3), DEVICE (cuda; cpu tries the script out), OUT (benchmarks/results),
+# QUICK=1 (tiny sizes), BUDGET (seconds in all, 540: what is left of it bounds each measurement).
+set -uo pipefail
+
+wheels=${1:+$(realpath "$1")}
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+out=${OUT:-benchmarks/results}
+budget=${BUDGET:-540}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+
+left() { echo $((budget - SECONDS)); }
+
+# Runs one part under what is left of the budget; a part that fails does not stop the others.
+part() {
+    local name=$1
+    shift
+    if [ "$(left)" -lt 20 ]; then
+        echo "== $name: left out, no time"
+        failed+=("$name (no time)")
+        return
+    fi
+    echo "== $name"
+    if timeout "$(left)" "$@"; then
+        echo "== $name: done after $SECONDS s"
+    else
+        failed+=("$name (exit code $?)")
+        echo "== $name: FAILED after $SECONDS s"
+    fi
+}
+
+if [ -n "$wheels" ]; then
+    # --without-pip, because ensurepip may be missing; the .pth shows the new environment what is installed.
+    "$python" -m venv --without-pip "$work/venv" || exit 1
+    site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import sys; print("\n".join(p for p in sys.path if p.endswith(("site-packages", "dist-packages"))))' \
+        >"$site/inherited.pth"
+    python="$work/venv/bin/python"
+    "$python" -m pip install --quiet --no-index --find-links "$wheels" --no-cache-dir \
+        torchrl==0.14.1 tensordict==0.14.3 vmas==1.5.2 pytest tyro tqdm || exit 1
+fi
+"$python" - "$device" <<'PYTHON' || exit 1
+import sys
+import torch, torchrl, tensordict, vmas
+print(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchrl {torchrl.__version__}, "
+      f"tensordict {tensordict.__version__}")
+if sys.argv[1].startswith("cuda"):
+    print(torch.cuda.get_device_name())
+PYTHON
+
+if [ -n "${QUICK:-}" ]; then
+    sizes=(--num-envs 32 --max-steps 20 --minibatch-size 320 --iterations 2 --warmup 1 --episodes 16)
+    scenarios=(navigation)
+    simulator=(--num-envs 32 --steps 4 --warmup 1 --repetitions 2)
+else
+    sizes=(--num-envs 4096 --max-steps 100 --minibatch-size 65536 --iterations 5 --warmup 2 --episodes 1024)
+    scenarios=(navigation balance)
+    simulator=(--num-envs 4096)
+fi
+common=(benchmarks/train.py --scenario "${scenarios[@]}" "${sizes[@]}" --device "$device" --eval-every 100
+    --output "$out/train-$device.json")
+benchmarl=()
+[ -n "$wheels" ] && benchmarl=(--benchmarl-venv "$work/benchmarl" --wheels "$wheels")
+
+part "correctness: the device against the CPU" \
+    "$python" benchmarks/gpu_check.py --device "$device" --output "$out/check-$device.json"
+# pytest's exit code 5, no test found, is a failure here: it would mean that nothing was checked.
+part "correctness: tests that name the device" \
+    "$python" -m pytest --no-header -p no:cacheprovider -k "cuda or gpu or device" tests
+part "speed: tdmarl eager beside a TorchRL loop" \
+    "$python" "${common[@]}" --contenders tdmarl torchrl --mode eager
+if [ -f benchmarks/simulate.py ]; then
+    part "speed: the simulator alone" \
+        "$python" benchmarks/simulate.py --device "$device" "${simulator[@]}" --out "$out/simulate-$device.json"
+fi
+for mode in compile cudagraph; do
+    [ "$mode" = cudagraph ] && [ "${device%%:*}" != cuda ] && continue
+    part "speed: tdmarl with mode=$mode" "$python" "${common[@]}" --contenders tdmarl --mode "$mode"
+done
+part "speed: tdmarl beside BenchMARL" \
+    "$python" "${common[@]}" --contenders tdmarl benchmarl --mode eager "${benchmarl[@]}" \
+    --output "$out/train-$device-benchmarl.json"
+
+ls -l "$out"
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+fi

@@ -1,0 +1,426 @@
+"""Measures MAPPO training: tdmarl beside BenchMARL and beside a plain TorchRL loop, in one interleaved run.
+
+Each contender is a process of its own that makes one iteration when it is told to, in turn, so that no two
+run at once and whatever else keeps the machine busy meets all of them alike. BenchMARL 1.5.2 needs an older
+TorchRL and gets a virtual environment, made on first use. A contender that fails is reported; the rest go on.
+
+    python benchmarks/train.py --scenario navigation balance --iterations 10
+
+This file imports the standard library only: a child's peak memory starts at its parent's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CONTENDERS = ("tdmarl", "benchmarl", "torchrl")
+BENCHMARL = ("benchmarl==1.5.2", "vmas==1.5.2")
+PHASES = ("collection", "update", "total")
+CPU_PHASES = tuple(f"{phase}_cpu" for phase in PHASES)  # in processor seconds, all threads added up
+# BenchMARL's task files; a scenario that is not here runs with VMAS's own defaults.
+SCENARIO_ARGS: dict[str, dict[str, Any]] = {
+    "navigation": {
+        "n_agents": 3,
+        "collisions": True,
+        "agents_with_same_goal": 1,
+        "split_goals": False,
+        "observe_all_goals": False,
+        "shared_rew": False,
+        "lidar_range": 0.35,
+        "agent_radius": 0.1,
+    },
+    "balance": {"n_agents": 4, "random_package_pos_on_line": True, "package_mass": 5},
+}
+
+
+class ContenderFailed(Exception):
+    """A contender's process died, hung or could not be started; the message ends with its last words."""
+
+
+class Contender:
+    """One contender's process: asks, waits for the answer, keeps what it said on stderr for the report."""
+
+    def __init__(self, name: str, python: str, settings: dict[str, Any], timeout: float) -> None:
+        self.name = name
+        self.timeout = timeout
+        self.rows: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self._stderr = tempfile.TemporaryFile("w+")
+        threads = str(settings["threads"])
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if name == "benchmarl":
+            environment.pop("PYTHONPATH", None)
+        self._process = subprocess.Popen(
+            [python, str(HERE / f"{name}_train.py"), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=environment,
+        )
+        started = time.perf_counter()
+        self.about = {**self._answer(), "start_seconds": time.perf_counter() - started}
+
+    def iterate(self) -> None:
+        """One collection and one update."""
+        self.rows.append(self._ask(do="iterate"))
+
+    def evaluate(self, episodes: int, seed: int) -> None:
+        """The deterministic policy's return in stock VMAS, after the frames seen so far."""
+        frames = sum(row["frames"] for row in self.rows)
+        self.evaluations.append({"frames": frames, **self._ask(do="evaluate", episodes=episodes, seed=seed)})
+
+    def finish(self) -> None:
+        """End the process; it has its own time to shut down, not more than a minute."""
+        try:
+            self._process.communicate(json.dumps({"do": "finish"}) + "\n", timeout=60)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise ContenderFailed(self._last_words("ended")) from error
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], self.timeout)
+        if not ready:
+            self._process.kill()
+            raise ContenderFailed(self._last_words(f"gave no answer in {self.timeout:.0f} s"))
+        line = self._process.stdout.readline()
+        if not line:
+            raise ContenderFailed(self._last_words("ended"))
+        return json.loads(line)
+
+    def _last_words(self, what: str) -> str:
+        self._process.wait(60)
+        self._stderr.seek(0)
+        words = self._stderr.read()[-2000:].strip()
+        return f"{self.name} {what} (exit code {self._process.returncode}): {words}"
+
+
+def benchmarl_python(folder: Path, wheels: Path | None) -> str:
+    """The interpreter of BenchMARL's virtual environment, which is made when it is not there.
+
+    Args:
+        folder (Path): the virtual environment.
+        wheels (Path, optional): a folder with the wheels, to work without a network; the new environment then
+            sees this interpreter's packages (torch among them), and what BenchMARL needs goes over them.
+    """
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    done = folder / "benchmarl-installed"
+    if done.exists():
+        return str(python)
+    print(f"making BenchMARL's virtual environment in {folder}", file=sys.stderr)
+    try:
+        venv.create(folder, with_pip=wheels is None, clear=True)
+        torch = "torch==" + metadata.version("torch").split("+")[0]
+        command = [str(python), "-m", "pip", "install", "--quiet"]
+        if wheels is not None:
+            purelib = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+            site = Path(subprocess.run(purelib, check=True, capture_output=True, text=True).stdout.strip())
+            inherited = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+            (site / "inherited.pth").write_text("\n".join(inherited))
+            command += ["--no-index", "--find-links", str(wheels)]
+        subprocess.run([*command, torch, *BENCHMARL], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        words = (error.stderr or str(error))[-2000:].strip()
+        raise ContenderFailed(f"no environment for benchmarl: {words}") from error
+    except (OSError, metadata.PackageNotFoundError) as error:
+        raise ContenderFailed(f"no environment for benchmarl: {error}") from error
+    done.touch()
+    return str(python)
+
+
+def start(args: argparse.Namespace, scenario: str, failures: dict[str, str]) -> list[Contender]:
+    """Start the contenders one after the other, all with the same settings."""
+    settings = {
+        "scenario": scenario,
+        "scenario_args": SCENARIO_ARGS.get(scenario, {}),
+        "num_envs": args.num_envs,
+        "max_steps": args.max_steps,
+        "epochs": args.epochs,
+        "minibatch_size": args.minibatch_size,
+        "lr": args.lr,
+        "adam_eps": 1e-6,
+        "gamma": args.gamma,
+        "lmbda": args.lmbda,
+        "clip_epsilon": args.clip_epsilon,
+        "entropy_coeff": args.entropy_coeff,
+        "max_grad_norm": args.max_grad_norm,
+        "hidden": args.hidden,
+        "seed": args.seed,
+        "threads": args.threads,
+        "device": args.device,
+        "mode": args.mode,
+    }
+    contenders = []
+    for name in args.contenders:
+        try:
+            python = sys.executable
+            if name == "benchmarl":
+                python = benchmarl_python(args.benchmarl_venv, args.wheels)
+            contenders.append(Contender(name, python, settings, args.timeout))
+        except ContenderFailed as failure:
+            failures[name] = str(failure)
+    return contenders
+
+
+def measure(args: argparse.Namespace, scenario: str) -> dict[str, Any]:
+    """Run one scenario with all contenders in turn.
+
+    Returns:
+        What goes into the results file: settings, machine, a record per contender, ratios, failures.
+    """
+    failures: dict[str, str] = {}
+    load = [os.getloadavg()[0]]
+    contenders = start(args, scenario, failures)
+    alive = list(contenders)
+
+    def everyone(action: str, *arguments: int) -> None:
+        for contender in list(alive):
+            try:
+                getattr(contender, action)(*arguments)
+            except ContenderFailed as failure:
+                failures[contender.name] = str(failure)
+                alive.remove(contender)
+
+    everyone("evaluate", args.episodes, args.seed + 1000)
+    for iteration in range(1, args.iterations + 1):
+        everyone("iterate")
+        load.append(os.getloadavg()[0])
+        if iteration % args.eval_every == 0 or iteration == args.iterations:
+            everyone("evaluate", args.episodes, args.seed + 1000)
+        progress(contenders, iteration)
+    for contender in contenders:
+        contender.finish()
+
+    places = ("scenario", "output", "wheels", "benchmarl_venv")
+    options = {name: value for name, value in vars(args).items() if name not in places}
+    options["scenario_args"] = SCENARIO_ARGS.get(scenario, {})
+    return {
+        "scenario": scenario,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": {**machine(), "load_average": [round(value, 2) for value in load]},
+        "settings": options,
+        "contenders": {contender.name: record(contender, args.warmup) for contender in contenders},
+        "ratios": ratios(contenders, args.warmup),
+        "failures": failures,
+    }
+
+
+def record(contender: Contender, warmup: int) -> dict[str, Any]:
+    """One contender's figures: medians over the iterations after the warm-up, and every row behind them."""
+    figures: dict[str, Any] = {"about": contender.about}
+    rows = contender.rows[warmup:]
+    if rows:
+        figures["frames_per_second"] = {
+            phase: round(statistics.median(row["frames"] / seconds(row, phase) for row in rows), 1)
+            for phase in PHASES
+        }
+    if contender.rows:
+        figures["peak_memory_mb"] = round(max(row["peak_memory_mb"] for row in contender.rows))
+        device = contender.rows[-1]["peak_device_memory_mb"]
+        figures["peak_device_memory_mb"] = None if device is None else round(device)
+    return {**figures, "evaluations": contender.evaluations, "iterations": contender.rows}
+
+
+def ratios(contenders: list[Contender], warmup: int) -> dict[str, dict[str, dict[str, float]]]:
+    """How many times faster tdmarl is than each other contender, round by round: median, least, greatest.
+
+    The iterations of one round follow each other, so other load moves their ratio less than the times; it
+    moves the ratio of processor times least.
+    """
+    ours = next((contender.rows[warmup:] for contender in contenders if contender.name == "tdmarl"), [])
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for contender in contenders:
+        pairs = list(zip(ours, contender.rows[warmup:]))
+        if contender.name == "tdmarl" or not pairs:
+            continue
+        result[contender.name] = {}
+        for phase in (*PHASES, *CPU_PHASES):
+            values = [seconds(theirs, phase) / seconds(mine, phase) for mine, theirs in pairs]
+            result[contender.name][phase] = {
+                "median": round(statistics.median(values), 3),
+                "min": round(min(values), 3),
+                "max": round(max(values), 3),
+            }
+    return result
+
+
+def seconds(row: dict[str, Any], phase: str) -> float:
+    """What one phase of an iteration took, by the clock or in processor time."""
+    name, _, cpu = phase.partition("_")
+    unit = "cpu_seconds" if cpu else "seconds"
+    collect, update = row[f"collect_{unit}"], row[f"update_{unit}"]
+    return {"collection": collect, "update": update, "total": collect + update}[name]
+
+
+def progress(contenders: list[Contender], iteration: int) -> None:
+    """One line per round on stderr."""
+    parts = []
+    for contender in contenders:
+        if len(contender.rows) == iteration:
+            row = contender.rows[-1]
+            value = row["train_return"]
+            parts.append(
+                f"{contender.name} {row['collect_seconds']:.1f}+{row['update_seconds']:.1f} s"
+                + (f" return {value:.3f}" if value is not None else "")
+            )
+    print(f"{iteration:4d}  " + "   ".join(parts), file=sys.stderr)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures of one scenario as a markdown table, the failures below it."""
+    settings = result["settings"]
+    frames = settings["num_envs"] * settings["max_steps"]
+    lines = [
+        f"### {result['scenario']}, {settings['num_envs']} environments x {settings['max_steps']} steps, "
+        f"{settings['device']}, {settings['threads']} threads",
+        "",
+        "| | collection, frames/s | update, frames/s | total, frames/s "
+        "| tdmarl is faster by, total (min-max) | in processor time | peak memory, MB "
+        "| training return | evaluation return | frames |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, figures in result["contenders"].items():
+        speed = figures.get("frames_per_second")
+        if speed is None:
+            continue
+        against = result["ratios"].get(name, {})
+        faster = " | ".join(
+            "{median:.2f} ({min:.2f}-{max:.2f})".format(**against[phase]) if against else "-"
+            for phase in ("total", "total_cpu")
+        )
+        memory = f"{figures['peak_memory_mb']:,}"
+        if figures["peak_device_memory_mb"] is not None:
+            memory += f" + {figures['peak_device_memory_mb']:,} on the GPU"
+        trained = figures["iterations"][-1]["train_return"]
+        evaluation = figures["evaluations"][-1] if figures["evaluations"] else None
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{speed[phase]:,.0f}" for phase in PHASES)
+            + f" | {faster} | {memory} | "
+            + (f"{trained:.3f}" if trained is not None else "-")
+            + (f" | {evaluation['return']:.3f}" if evaluation else " | -")
+            + f" | {len(figures['iterations']) * frames:,} |"
+        )
+    for name, failure in result["failures"].items():
+        lines += ["", f"{name} failed:", "```", failure, "```"]
+    return "\n".join(lines)
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the measured tree, and whether the tree differs from it; None outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            ran = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return ran.stdout.strip()
+
+    changes = git("status", "--porcelain", "--", ":/tdmarl")
+    return {
+        "commit": git("rev-parse", "--verify", "HEAD"),
+        "tdmarl_changed": None if changes is None else bool(changes),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    wait = os.environ.get("OMP_WAIT_POLICY")
+    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "omp_wait_policy": wait}
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Put one scenario's result into the file, in place of an earlier one of like scenario, device, size."""
+
+    def key(run: dict[str, Any]) -> tuple[Any, ...]:
+        names = ("device", "threads", "num_envs", "max_steps", "mode")
+        return (run["scenario"], *(run["settings"][name] for name in names))
+
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = [run for run in runs if key(run) != key(result)] + [result]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; the defaults are the committed measurement."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--scenario", nargs="+", default=["navigation"], help="VMAS scenarios, one after the other")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who, in this order")
+    add("--iterations", type=int, default=10, help="rounds; in each, every contender iterates once")
+    add("--warmup", type=int, default=1, help="first rounds that do not count for the speed")
+    add("--num-envs", type=int, default=600, help="environments simulated at once")
+    add("--max-steps", type=int, default=100, help="time limit, and steps per batch")
+    add("--epochs", type=int, default=4, help="passes over each batch")
+    add("--minibatch-size", type=int, default=4096, help="frames of a minibatch")
+    add("--lr", type=float, default=5e-4, help="Adam's learning rate, actor and critic")
+    add("--gamma", type=float, default=0.9, help="discount")
+    add("--lmbda", type=float, default=0.9, help="GAE's lambda")
+    add("--clip-epsilon", type=float, default=0.2, help="PPO's clip")
+    add("--entropy-coeff", type=float, default=1e-4, help="weight of the entropy bonus")
+    add("--max-grad-norm", type=float, default=5.0, help="clip, of actor and of critic apart")
+    add("--hidden", type=int, nargs="+", default=[256, 256], help="hidden tanh layers of each network")
+    add("--seed", type=int, default=0, help="the seed of every contender")
+    add("--threads", type=int, default=2, help="threads of each contender")
+    add("--device", default="cpu", help="cpu or cuda, for simulation and training")
+    add("--mode", default="auto", help="tdmarl's mode: auto, eager, compile or cudagraph")
+    add("--episodes", type=int, default=256, help="whole episodes of each evaluation")
+    add("--eval-every", type=int, default=5, help="rounds between evaluations; first and last always are")
+    add("--timeout", type=float, default=900.0, help="seconds a contender may take to answer")
+    folder = cache / "tdmarl" / "benchmarl-1.5.2"
+    add("--benchmarl-venv", type=Path, default=folder, help="its virtual environment, made when not there")
+    add("--wheels", type=Path, help="folder of wheels to make that environment from, without a network")
+    add("--output", type=Path, default=HERE / "results" / "train.json", help="results file")
+    args = parser.parse_args(arguments)
+    if args.iterations <= args.warmup:
+        parser.error(f"--iterations ({args.iterations}) must be greater than --warmup ({args.warmup})")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    for scenario in args.scenario:
+        result = measure(args, scenario)
+        save(result, args.output)
+        print(table(result) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
