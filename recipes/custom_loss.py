@@ -18,14 +18,15 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.objectives import ClipPPOLoss
 
 import tdmarl
-from tdmarl.run import Options, Run, launch
+from tdmarl.options import Options
+from tdmarl.run import Run, launch
 
 
 @dataclass(kw_only=True)
 class CustomOptions(Options):
     """PPO from parts, with a loss of one's own."""
 
-    num_epochs: int = 5
+    num_epochs: int = 4
     """How often each batch is gone through."""
     minibatch_size: int = 3_200
     """Frames per minibatch."""

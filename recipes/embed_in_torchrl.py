@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -21,52 +22,54 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.trainers import DefaultOptimizationStepper, Trainer
 
 import tdmarl
-from tdmarl.run import Options, launch
+from tdmarl.envs.tasks import TASKS
 
 
 @dataclasses.dataclass(kw_only=True)
-class EmbedOptions(Options):
+class EmbedOptions:
     """tdmarl's parts inside TorchRL's trainer, and TorchRL's collector feeding tdmarl's learner."""
 
-    total_frames: int = 128_000
-    """Frames of each of the two runs."""
-    num_epochs: int = 5
-    """How often each batch is gone through."""
-    minibatch_size: int = 3_200
-    """Frames per minibatch."""
+    scenario: str = "navigation"  # name of the VMAS scenario
+    num_envs: int = 128  # environments simulated side by side
+    max_steps: int = 100  # steps after which an episode is cut
+    frames_per_batch: int = 12_800  # frames between two updates; a multiple of --num-envs
+    total_frames: int = 128_000  # frames of each of the two runs
+    num_epochs: int = 5  # how often each batch is gone through
+    minibatch_size: int = 3_200  # frames per minibatch
+    eval_episodes: int = 128  # whole episodes that each result is evaluated on
+    seed: int = 0  # of the simulator, the networks and the draws
+    device: str = "cpu"  # where everything lives
+    out: Path = Path("runs/embed")  # folder of the trainer's checkpoint
 
 
 def make_env(options: EmbedOptions) -> tdmarl.VmasEnv:
-    """The simulator, as for any TorchRL loop."""
+    """The simulator."""
     return tdmarl.VmasEnv(
-        options.scenario, num_envs=options.num_envs, max_steps=options.max_steps, device=options.pick_device(),
-        seed=options.seed, **options.task(),
+        options.scenario, num_envs=options.num_envs, max_steps=options.max_steps, device=options.device,
+        seed=options.seed, **TASKS.get(options.scenario, {}),
     )  # fmt: skip
 
 
 def batch_buffer(options: EmbedOptions) -> TensorDictReplayBuffer:
     """TorchRL's buffer over one batch, without replacement."""
-    return TensorDictReplayBuffer(
-        storage=LazyTensorStorage(options.frames_per_batch, device=options.pick_device()),
-        sampler=SamplerWithoutReplacement(drop_last=True),
-        batch_size=options.minibatch_size,
-    )
+    storage = LazyTensorStorage(options.frames_per_batch, device=options.device)
+    sampler = SamplerWithoutReplacement(drop_last=True)
+    return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=options.minibatch_size)
 
 
-def make_trainer(options: EmbedOptions, total_frames: int, folder: Path) -> Trainer:
+def make_trainer(options: EmbedOptions, total_frames: int) -> Trainer:
     """TorchRL's trainer around our collector, actor, critic and advantage."""
     env = make_env(options)
     group = next(iter(env.group_map))
     actor, critic = tdmarl.gaussian_actor(env, group), tdmarl.state_critic(env, group, scope="team")
     loss = ClipPPOLoss(actor, critic, clip_epsilon=0.2, entropy_coeff=0.0)
-    names = {"advantage": "advantage", "value_target": "value_target", "value": "state_value"}
-    loss.set_keys(**{key: (group, name) for key, name in names.items()})
+    loss.set_keys(advantage=(group, "advantage"), value_target=(group, "value_target"), value=(group, "state_value"))
     collector = tdmarl.Collector(env, actor, frames_per_batch=options.frames_per_batch, total_frames=total_frames)
     trainer = Trainer(
         collector=collector, total_frames=total_frames, frame_skip=1, loss_module=loss, num_epochs=options.num_epochs,
         optim_steps_per_batch=options.frames_per_batch // options.minibatch_size, progress_bar=False,
         optimizer=torch.optim.Adam(loss.parameters(), 1e-3), optimization_stepper=DefaultOptimizationStepper(),
-        clip_norm=10.0, checkpoint=Checkpoint(), save_trainer_file=folder, save_trainer_interval=2**62,
+        clip_norm=10.0, checkpoint=Checkpoint(), save_trainer_file=options.out, save_trainer_interval=2**62,
     )  # fmt: skip
     buffer, prepare = batch_buffer(options), tdmarl.Advantage(critic, [group])
 
@@ -79,14 +82,13 @@ def make_trainer(options: EmbedOptions, total_frames: int, folder: Path) -> Trai
     return trainer
 
 
-def inside_a_trainer(options: EmbedOptions, folder: Path) -> None:
+def inside_a_trainer(options: EmbedOptions) -> None:
     """Half the frames, a checkpoint, a new trainer from it, the other half."""
-    trainer = make_trainer(options, options.total_frames // 2, folder / "trainer")
+    trainer = make_trainer(options, options.total_frames // 2)
     trainer.train()
     trainer.save_trainer(force_save=True)
-    again = make_trainer(options, options.total_frames, folder / "trainer")
-    again.load_from_file(folder / "trainer")
-    assert again.collected_frames == again.collector.frames == trainer.collected_frames
+    again = make_trainer(options, options.total_frames)
+    again.load_from_file(options.out)
     again.train()
     returns = tdmarl.evaluate(again.collector.env, again.collector.policy, episodes=options.eval_episodes)
     print(f"trainer: {again.collected_frames} frames, return {returns['return_mean_agents'].mean():.3f}")
@@ -97,7 +99,8 @@ def fed_by_torchrl(options: EmbedOptions) -> None:
     env = make_env(options)
     algo = tdmarl.mappo(env, tuple(env.group_map), lr=1e-3, seed=options.seed)
     updates = options.num_epochs * (options.frames_per_batch // options.minibatch_size)
-    learner = tdmarl.Learner(algo.learner.step, batch_buffer(options), updates=updates, prepare=algo.learner.prepare)
+    whole: Any = algo.learner
+    learner = tdmarl.Learner(whole.step, batch_buffer(options), updates=updates, prepare=whole.prepare)
     frames = {"frames_per_batch": options.frames_per_batch, "total_frames": options.total_frames}
     collector = TorchRLCollector(env, algo.explore, auto_register_policy_transforms=False, **frames)
     for batch in collector:
@@ -109,13 +112,14 @@ def fed_by_torchrl(options: EmbedOptions) -> None:
 
 
 def main(options: EmbedOptions) -> None:
-    """Both ways around."""
-    folder = Path(options.out or f"runs/embed-{options.scenario}-{options.seed}")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Both ways."""
+    options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    inside_a_trainer(options, folder)
+    inside_a_trainer(options)
     fed_by_torchrl(options)
 
 
 if __name__ == "__main__":
-    launch(main, EmbedOptions)
+    import tyro
+
+    main(tyro.cli(EmbedOptions))

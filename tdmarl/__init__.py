@@ -2,18 +2,19 @@
 
 from tdmarl import reduce
 from tdmarl.actors import categorical_actor, gaussian_actor, stochastic_actor
-from tdmarl.algorithms import Algorithm, ippo, mappo
+from tdmarl.algorithms import Algorithm, happo, ippo, mappo
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.envs.check import check_env
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
 from tdmarl.keys import Group, Team, team
-from tdmarl.learners import BatchBuffer, Learner, replay_buffer
+from tdmarl.learners import BatchBuffer, Learner, SequentialLearner, replay_buffer
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import AgentLinear, AgentMLP
-from tdmarl.prepare import Advantage, TeamReward, generalized_advantage
-from tdmarl.run import Options, Run
+from tdmarl.prepare import Advantage, HAPPOFactor, JointAdvantage, TeamReward, generalized_advantage
+from tdmarl.options import OnPolicyOptions, Options
+from tdmarl.run import Run
 from tdmarl.saving import load_policy
 from tdmarl.step import Annealing, Part, Step
 
@@ -28,12 +29,16 @@ __all__ = [
     "BatchBuffer",
     "Collector",
     "Group",
+    "HAPPOFactor",
+    "JointAdvantage",
     "Learner",
     "NormalizedCritic",
+    "OnPolicyOptions",
     "Options",
     "Part",
     "PolicyLoss",
     "Run",
+    "SequentialLearner",
     "Step",
     "Team",
     "TeamReward",
@@ -45,6 +50,7 @@ __all__ = [
     "evaluate",
     "gaussian_actor",
     "generalized_advantage",
+    "happo",
     "ippo",
     "load_policy",
     "mappo",

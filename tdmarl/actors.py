@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from tdmarl.keys import Group, team
-from tdmarl.nets import AgentMLP, Sharing
+from tdmarl.nets import AgentMLP, Sharing, Views, alone
 
 # Gauss-Hermite nodes and weights for the standard normal, probabilists' convention: 10 nodes integrate the entropy
 # correction of a squashed normal to about 1e-4 for standard deviations below 2.
@@ -250,6 +251,7 @@ class GaussianHead(nn.Module):
         self.shift = math.log(math.expm1(init_std - min_std))  # softplus(shift) + min_std == init_std
         free = std == "free"
         self.raw_std = nn.Parameter(torch.zeros_like(self.low)) if free else None  # [n, a]
+        self.rows = [{"low": i, "high": i} | ({"raw_std": i} if free else {}) for i in range(len(self.low))]
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         out = self.net(observation)
@@ -393,6 +395,56 @@ def categorical_actor(
         )
 
     return _for_each_group(env, group, build)
+
+
+class _Unstacked(nn.Module):
+    """A network for a group of one as a network without the agents' dimension."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, observation: Tensor) -> Any:
+        out = self.net(observation.unsqueeze(-2))
+        return tuple(x.squeeze(-2) for x in out) if isinstance(out, tuple) else out.squeeze(-2)
+
+
+def agent_actor(actor: TensorDictModuleBase, index: int, views: Views) -> TensorDictModuleBase:
+    """One agent's part of a group's actor, with flat keys, on the same memory.
+
+    Args:
+        actor (TensorDictModuleBase): from :func:`gaussian_actor` or :func:`categorical_actor`, of one group.
+        index (int): the agent.
+        views (dict): see :func:`tdmarl.nets.alone`.
+
+    Returns:
+        TensorDictModuleBase: reads ``"observation"`` ``[*B, o]`` (and ``"action_mask"``), writes ``"action"`` and
+        ``"action_log_prob"`` ``[*B]``.
+    """
+    module, sampler = actor[0], actor[-1]  # type: ignore[index]
+    if not hasattr(module.module, "rows"):
+        raise ValueError(
+            f"{type(module.module).__name__} is no network of tdmarl.nets: give each agent's actor itself, "
+            "actor={group: [actor of agent 0, ...]}, with flat keys such as 'observation' and 'action'."
+        )
+    net = alone(module.module, index, views)
+    kind = net.distribution if isinstance(net, GaussianHead) else sampler.distribution_class
+    keys = {k: _flat(key) for k, key in zip(sampler.dist_keys, sampler.in_keys)}
+    return ProbabilisticActor(
+        TensorDictModule(
+            _Unstacked(net), [_flat(k) for k in module.in_keys], [_flat(k) for k in module.out_keys]
+        ),
+        in_keys=keys,
+        out_keys=["action"],
+        distribution_class=kind,
+        distribution_kwargs=dict(sampler.distribution_kwargs),
+        return_log_prob=True,
+        log_prob_key="action_log_prob",
+    )
+
+
+def _flat(key: NestedKey) -> str:
+    return key if isinstance(key, str) else key[-1]
 
 
 def stochastic_actor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase
 
 from tdmarl import reduce
 from tdmarl.actors import choices
-from tdmarl.keys import Group, Team, team
+from tdmarl.keys import Group, Team, entry, team
 from tdmarl.nets import AgentMLP, Sharing
 
 SCOPES = ("agent", "group", "team", "state")
@@ -111,6 +111,7 @@ def state_critic(
     *,
     scope: str = "team",
     other_actions: bool = False,
+    joint: bool = False,
     share_params: Sharing = True,
     agent_id: bool = True,
     hidden: Sequence[int] = (64, 64),
@@ -129,13 +130,15 @@ def state_critic(
         group (str or sequence of str, optional): the team; for several groups one network each, in sequence.
         scope (str): ``agent``, ``group``, ``team`` or ``state``.
         other_actions (bool): see above. The gradient with respect to the agent's own action is exactly zero.
+        joint (bool): one value of the whole team, at the root, in place of one for each agent.
         share_params (bool or map): which agents of a group share a network; see :data:`tdmarl.nets.Sharing`.
         agent_id (bool): tell a shared network whom it values. Without it a shared critic of a common input gives
             every agent the same value, which is wrong as soon as rewards differ.
         hidden, activation, layer_norm: see :class:`~tdmarl.nets.AgentMLP`.
 
     Returns:
-        TensorDictModuleBase: writes ``(group, "state_value")`` ``[*B, n, 1]`` for each group.
+        TensorDictModuleBase: writes ``(group, "state_value")`` ``[*B, n, 1]`` for each group; ``"state_value"``
+        ``[*B, 1]`` if ``joint``.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} must be one of {SCOPES}.")
@@ -145,16 +148,28 @@ def state_critic(
             "scope='state' needs a root entry 'state' in the environment's observation spec; this one has "
             f"{sorted(map(str, env.full_observation_spec.keys()))}. Use scope='team' for the joint observation."
         )
+    if joint:
+        if scope not in ("team", "state") or other_actions:
+            raise ValueError(
+                f"joint=True needs scope 'team' or 'state' and other_actions=False; got scope={scope!r}."
+            )
+        seen = JointInput(members, members.groups[0], scope, False)
+        one = AgentMLP(
+            1, seen.features, 1, hidden=hidden, activation=activation, layer_norm=layer_norm, output_gain=1.0,
+            device=members.groups[0].device,
+        )  # fmt: skip
+        team_value = nn.Sequential(one, nn.Flatten(-2))  # [*B, 1, 1] to [*B, 1]
+        return TensorDictModule(_Valued(seen, team_value), in_keys=seen.in_keys, out_keys=["state_value"])
     modules: list[TensorDictModuleBase] = []
     for member in members:
-        joint = JointInput(members, member, scope, other_actions)
+        seen = JointInput(members, member, scope, other_actions)
         net = AgentMLP(
-            member.n_agents, joint.features, 1, hidden=hidden, share=share_params,
+            member.n_agents, seen.features, 1, hidden=hidden, share=share_params,
             agent_id=agent_id and share_params is not False and member.n_agents > 1, activation=activation,
             layer_norm=layer_norm, output_gain=1.0, device=member.device,
         )  # fmt: skip
         modules.append(
-            TensorDictModule(_Valued(joint, net), in_keys=joint.in_keys, out_keys=[member.key("state_value")])
+            TensorDictModule(_Valued(seen, net), in_keys=seen.in_keys, out_keys=[member.key("state_value")])
         )
     return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)
 
@@ -200,9 +215,8 @@ class ValueNorm(nn.Module):
         centre = reduce.mean(returns.double(), mask, per_agent=per_agent).reshape(self.mean.shape)
         square = reduce.mean(returns.double().square(), mask, per_agent=per_agent).reshape(self.mean.shape)
         ones = torch.ones_like(returns, dtype=torch.float64)
-        present = reduce.mean(ones, mask, per_agent=per_agent).reshape(
-            self.mean.shape
-        )  # 0 where nobody is alive
+        # 0 where nobody is alive
+        present = reduce.mean(ones, mask, per_agent=per_agent).reshape(self.mean.shape)
         for moment, new in ((self.mean, centre), (self.mean_square, square), (self.weight, present)):
             moment.mul_(1 - (1 - self.beta) * present).add_(new, alpha=1 - self.beta)
 
@@ -233,22 +247,23 @@ class NormalizedCritic(TensorDictModuleBase):
 
     Args:
         critic (TensorDictModuleBase): writes ``(group, "state_value")`` for each of ``norms``' groups.
-        norms (dict of str to ValueNorm): the moments of each group's returns.
+        norms (mapping of str or None to ValueNorm): the moments of each group's returns; None is the team's value,
+            which stands at the root.
     """
 
-    def __init__(self, critic: TensorDictModuleBase, norms: dict[str, ValueNorm]) -> None:
+    def __init__(
+        self, critic: TensorDictModuleBase, norms: Mapping[str, ValueNorm] | Mapping[None, ValueNorm]
+    ) -> None:
         super().__init__()
-        self.critic, self.norms = critic, nn.ModuleDict(norms)
+        self.critic, self.groups, self.norms = critic, list(norms), nn.ModuleList(norms.values())
         self.in_keys = list(critic.in_keys)
-        names = ("state_value", "state_value_normalized")
-        self.out_keys = list(critic.out_keys) + [
-            (g, names[1]) for g in norms if (g, names[1]) not in critic.out_keys
-        ]
+        written = [entry(group, "state_value_normalized") for group in self.groups]
+        self.out_keys = list(critic.out_keys) + [key for key in written if key not in critic.out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         tensordict = self.critic(tensordict)
-        for name, norm in self.norms.items():
-            value = tensordict.get((name, "state_value"))
-            tensordict.set((name, "state_value_normalized"), value)
-            tensordict.set((name, "state_value"), norm.denormalize(value))  # type: ignore[operator]
+        for group, norm in zip(self.groups, self.norms):
+            value = tensordict.get(entry(group, "state_value"))
+            tensordict.set(entry(group, "state_value_normalized"), value)
+            tensordict.set(entry(group, "state_value"), norm.denormalize(value))  # type: ignore[operator]
         return tensordict

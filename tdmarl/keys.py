@@ -175,18 +175,30 @@ def _entry(spec: TensorSpec, group: str, name: str, shape: str) -> TensorSpec:
     return found
 
 
-def per_agent(batch: TensorDictBase, group: str, name: str, like: Tensor) -> Tensor:
+def entry(group: str | None, name: str) -> NestedKey:
+    """The key of a group's entry; of the team's, which stands at the root, for None.
+
+    Example:
+        >>> entry("agents", "advantage"), entry(None, "advantage")
+        (('agents', 'advantage'), 'advantage')
+    """
+    return name if group is None else (group, name)
+
+
+def per_agent(batch: TensorDictBase, group: str | None, name: str, like: Tensor) -> Tensor:
     """The group's ``("next", group, name)``, or the root's ``("next", name)`` given to every agent.
 
     Args:
         batch (TensorDictBase): ``[*B]``.
-        group (str): the group.
+        group (str, optional): the group; None is the team, which has the root's entries only.
         name (str): ``done``, ``terminated``, ``truncated`` or ``reward``.
         like (Tensor): ``[*B, n, 1]``, the shape wanted.
 
     Raises:
         KeyError: if neither entry exists.
     """
+    if group is None:
+        return batch.get(("next", name)).expand(like.shape)
     found = batch.get(("next", group, name), None)
     if found is None:
         root = batch.get(("next", name), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -265,5 +266,135 @@ class Learner:
         """Restores :meth:`state_dict`."""
         self.step.load_state_dict(state["step"])
         self.buffer.load_state_dict(state["buffer"])  # type: ignore[attr-defined]
+        if self.annealing is not None:
+            self.annealing.load_state_dict(state["annealing"])
+
+
+@dataclass(frozen=True)
+class AgentUpdate:
+    """What :class:`SequentialLearner` needs to update one agent.
+
+    Args:
+        group (str): the agent's group.
+        index (int): the agent in it.
+        actor (TensorDictModuleBase): the agent's, with flat keys.
+        step (Step): a step on the agent's rows, with flat keys.
+    """
+
+    group: str
+    index: int
+    actor: Any
+    step: Step
+
+    def view(self, batch: TensorDictBase) -> TensorDictBase:
+        """The agent alone: its entries ``[*B]`` under flat keys, its advantage times its factor."""
+        keys = [*self.step.in_keys, *self.step.optional_keys, *self.actor.in_keys, "factor"]
+        mine = batch.get(self.group).select(*keys, strict=False)[..., self.index]
+        return mine.set("advantage", mine.get("factor") * mine.get("advantage"))
+
+    @torch.no_grad()
+    def log_prob(self, view: TensorDictBase) -> Tensor:
+        """Of the actions taken, by the agent's present policy, ``[*B]``."""
+        return self.actor.get_dist(view.select(*self.actor.in_keys)).log_prob(view.get("action"))
+
+
+class SequentialLearner:
+    """Updates agents one after the other, each weighted by what the earlier ones changed; the critic last.
+
+    For each agent in turn: its advantages are those of the batch times its entry of ``factor``; it takes its steps;
+    the ratio of its new to its old probabilities of the whole batch is multiplied into ``factor``, which is written
+    back into the batch for the next ones. The schedule of HAPPO.
+
+    Args:
+        agents (sequence of AgentUpdate): the team.
+        buffer (BatchBuffer): of one agent's rows; it is filled anew for each agent.
+        critic (Learner): learns from the whole batch, after all agents.
+        prepare (callable): batch to batch; writes ``(group, advantage)`` and ``(group, factor)``.
+        factor (callable): from a group's name to the module that multiplies, such as
+            :class:`~tdmarl.prepare.HAPPOFactor`; None leaves the factor at one.
+        order (sequence of int, optional): always this order; None draws one for each batch.
+        annealing (Annealing, optional): advanced by the frames of each batch.
+        seed (int): of the orders.
+        mode (str): see :meth:`Step.accelerate`.
+    """
+
+    def __init__(
+        self,
+        agents: Sequence[AgentUpdate],
+        buffer: BatchBuffer,
+        critic: Learner,
+        *,
+        prepare: Callable[[TensorDictBase], TensorDictBase],
+        factor: Callable[[str], Callable[[TensorDictBase], TensorDictBase]] | None,
+        order: Sequence[int] | None = None,
+        annealing: Annealing | None = None,
+        seed: int = 0,
+        mode: str = "auto",
+    ) -> None:
+        if order is not None and sorted(order) != list(range(len(agents))):
+            raise ValueError(
+                f"order={list(order)} must name each of the agents 0 to {len(agents) - 1} exactly once."
+            )
+        self.agents, self.buffer, self.critic, self.prepare = list(agents), buffer, critic, prepare
+        self.order, self.annealing = order, annealing
+        groups = dict.fromkeys(agent.group for agent in agents)
+        self.factors = {} if factor is None else {group: factor(group) for group in groups}
+        self.generator = torch.Generator().manual_seed(
+            seed
+        )  # on the host: the order is one of Python's calls
+        self._take = [agent.step.accelerate(mode) for agent in agents]
+        self.last_order: list[int] = []
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        frames = batch.numel()
+        batch = batch.copy()
+        with torch.no_grad():
+            batch = self.prepare(batch)
+        drawn = torch.randperm(len(self.agents), generator=self.generator).tolist()
+        self.last_order = list(drawn if self.order is None else self.order)
+        metrics = [self._update(i, batch) for i in self.last_order]
+        found = {key: torch.stack([m.get(key) for m in metrics]) for key in metrics[0].keys()}
+        means = TensorDict({key: values.sum(0) / len(values) for key, values in found.items()})
+        means.update(self.critic(batch))
+        if self.annealing is not None:
+            self.annealing.advance(frames)
+        return means
+
+    def _update(self, i: int, batch: TensorDictBase) -> TensorDictBase:
+        agent, take = self.agents[i], self._take[i]
+        view = agent.view(batch)
+        before = agent.log_prob(view)
+        self.buffer.extend(view)
+        agent.step.begin()
+        metrics = [take(self.buffer.sample()) for _ in range(self.buffer.n_updates)]
+        if agent.group in self.factors:
+            group = {
+                "log_prob_before": before.unsqueeze(-1),
+                "log_prob_after": agent.log_prob(view).unsqueeze(-1),
+            }
+            mask = view.get("mask", None)
+            if mask is not None:
+                group["updated_mask"] = mask.unsqueeze(-1)
+            entries: dict[str, Any] = {name: {"factor": batch.get((name, "factor"))} for name in self.factors}
+            entries[agent.group] |= group
+            done = self.factors[agent.group](TensorDict(entries, batch_size=batch.batch_size))
+            for name in self.factors:
+                batch.set((name, "factor"), done.get((name, "factor")))
+        return torch.stack(metrics).sum(0) / len(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that learning changes: agents, critic, buffer, order, schedules."""
+        agents = {str(i): agent.step.state_dict() for i, agent in enumerate(self.agents)}
+        state: dict[str, Any] = {"agents": agents, "order": self.generator.get_state()}
+        state |= {"buffer": self.buffer.state_dict(), "critic": self.critic.state_dict()}
+        return state | ({"annealing": self.annealing.state_dict()} if self.annealing is not None else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        for i, agent in enumerate(self.agents):
+            agent.step.load_state_dict(state["agents"][str(i)])
+        self.buffer.load_state_dict(state["buffer"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator.set_state(state["order"].cpu())
         if self.annealing is not None:
             self.annealing.load_state_dict(state["annealing"])

@@ -18,6 +18,7 @@ from torchrl.objectives.common import LossModule
 
 from tdmarl import reduce
 from tdmarl.critics import ValueNorm
+from tdmarl.keys import entry
 
 
 class PolicyLoss(ClipPPOLoss):
@@ -33,7 +34,7 @@ class PolicyLoss(ClipPPOLoss):
 
     Args:
         actor (TensorDictModuleBase): a ``ProbabilisticActor`` of the group.
-        group (str): the group.
+        group (str, optional): the group; None for entries at the root, such as those of one agent alone.
         clip_epsilon (float): ``eps``.
         entropy_coeff (float): ``c``; a buffer that a schedule may change.
 
@@ -45,7 +46,7 @@ class PolicyLoss(ClipPPOLoss):
     def __init__(
         self,
         actor: TensorDictModuleBase,
-        group: str,
+        group: str | None,
         *,
         clip_epsilon: float = 0.2,
         entropy_coeff: float = 0.01,
@@ -59,15 +60,15 @@ class PolicyLoss(ClipPPOLoss):
             functional=False,
         )
         self.group = group
-        self.set_keys(advantage=(group, "advantage"))
+        self.set_keys(advantage=entry(group, "advantage"))
         keys = self.tensor_keys
         self.in_keys = [*actor.in_keys, keys.action, keys.sample_log_prob, keys.advantage]
-        self.optional_keys: list[NestedKey] = [(group, "mask")]
+        self.optional_keys: list[NestedKey] = [entry(group, "mask")]
         self.out_keys = ["loss_objective", "loss_entropy", "entropy", "kl_approx", "clip_fraction"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         advantage = tensordict.get(self.tensor_keys.advantage)  # [*B, n, 1]
-        mask = tensordict.get((self.group, "mask"), None)  # [*B, n]
+        mask = tensordict.get(entry(self.group, "mask"), None)  # [*B, n]
         log_ratio, dist, *_ = self._log_weight(
             tensordict.copy(), adv_shape=advantage.shape[:-1]
         )  # [*B, n, 1]
@@ -112,7 +113,7 @@ class ValueLoss(LossModule):
     Args:
         critic (TensorDictModuleBase): writes ``(group, "state_value")``, and ``(group, "state_value_normalized")``
             if it is a :class:`~tdmarl.critics.NormalizedCritic`.
-        group (str): the group.
+        group (str, optional): the group; None for the team's value, at the root.
         clip_epsilon (float, optional): ``eps``; None does not clip.
         huber_delta (float): where the Huber loss turns linear; infinity is half the squared error.
         value_norm (ValueNorm, optional): the moments of the group's returns.
@@ -132,7 +133,7 @@ class ValueLoss(LossModule):
     def __init__(
         self,
         critic: TensorDictModuleBase,
-        group: str,
+        group: str | None,
         *,
         clip_epsilon: float | None = 0.2,
         huber_delta: float = 10.0,
@@ -141,14 +142,14 @@ class ValueLoss(LossModule):
         super().__init__()
         self.critic, self.value_norm, self.group = critic, value_norm, group
         self.clip_epsilon, self.huber_delta = clip_epsilon, huber_delta
-        value = (group, "state_value" if value_norm is None else "state_value_normalized")
+        value = entry(group, "state_value" if value_norm is None else "state_value_normalized")
         if value not in critic.out_keys:
             raise KeyError(f"The critic writes {critic.out_keys}; ValueLoss needs it to write {value}.")
-        self.set_keys(value=value, value_target=(group, "value_target"))
+        self.set_keys(value=value, value_target=entry(group, "value_target"))
         self.in_keys = [*critic.in_keys, self.tensor_keys.value_target]
         if clip_epsilon is not None:
             self.in_keys.append(value)
-        self.optional_keys: list[NestedKey] = [(group, "mask")]
+        self.optional_keys: list[NestedKey] = [entry(group, "mask")]
         self.out_keys = ["loss_critic", "explained_variance"]
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
@@ -157,7 +158,7 @@ class ValueLoss(LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
         target = tensordict.get(keys.value_target)  # [*B, n, 1]
-        mask = tensordict.get((self.group, "mask"), None)  # [*B, n]
+        mask = tensordict.get(entry(self.group, "mask"), None)  # [*B, n]
         if self.value_norm is not None:
             self.value_norm.update(target, mask)
             target = self.value_norm.normalize(target)

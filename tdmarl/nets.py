@@ -6,6 +6,7 @@ Nothing here is a TensorDict module and no parameter is swapped at run time: Tor
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Union
@@ -36,6 +37,43 @@ def parameter_sets(n_agents: int, share: Sharing) -> list[int]:
             "once, such as [[0, 1], [2]]; or give True (all share) or False (none)."
         )
     return [sets[agent] for agent in range(n_agents)]
+
+
+Views = dict[tuple[int, int], nn.Parameter]
+
+
+def alone(module: nn.Module, index: int, views: Views) -> nn.Module:
+    """One agent's part of a network for several, on the same memory: what trains it trains the whole.
+
+    Args:
+        module (nn.Module): made of this file's modules, whose ``rows`` say which rows are whose.
+        index (int): the agent.
+        views (dict): the parameters made so far; agents that share a set get the same parameter. Start with ``{}``.
+
+    Returns:
+        nn.Module: ``[*B, 1, in] -> [*B, 1, out]``. It keeps the memory of the moment: moving ``module`` to another
+        device afterwards parts them.
+
+    Example:
+        >>> net, x = AgentMLP(3, 4, 2, share=False), torch.randn(5, 3, 4)
+        >>> torch.allclose(alone(net, 1, {})(x[:, 1:2]), net(x)[:, 1:2], atol=1e-6)
+        True
+    """
+    part = copy.deepcopy(module)
+    for mine, whole in zip(part.modules(), module.modules()):
+        rows = getattr(whole, "rows", None)
+        if rows is None:
+            continue
+        for name, row in rows[index].items():
+            stacked = getattr(whole, name)
+            if isinstance(stacked, nn.Parameter):
+                key = (id(stacked), row)
+                views[key] = views[key] if key in views else nn.Parameter(stacked.data[row : row + 1])
+                setattr(mine, name, views[key])
+            elif stacked is not None:
+                setattr(mine, name, stacked[row : row + 1])
+        mine.sets, mine.n_agents = None, 1  # type: ignore[assignment]
+    return part
 
 
 class AgentLinear(nn.Module):
@@ -82,6 +120,9 @@ class AgentLinear(nn.Module):
         own = weight[torch.tensor(sets), in_features + torch.arange(n_agents)] if agent_id else None
         self.agent = nn.Parameter(own.to(device)) if own is not None else None  # [n, out]
         self.sets = None if n_sets in (1, n_agents) else sets
+        self.rows = [
+            {"weight": s, "bias": s} | ({"agent": i} if agent_id else {}) for i, s in enumerate(sets)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -110,6 +151,7 @@ class AgentNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(max(sets) + 1, features, device=device))
         self.bias = nn.Parameter(torch.zeros(max(sets) + 1, features, device=device))
         self.sets = None if max(sets) + 1 in (1, n_agents) else sets
+        self.rows = [{"weight": s, "bias": s} for s in sets]
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -184,6 +226,7 @@ class AgentMLP(nn.Module):
             )
         )
         self.layers = nn.Sequential(*layers)
+        self.rows: list[dict[str, int]] = [{} for _ in range(n_agents)]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features or x.shape[-2] not in (1, self.n_agents):

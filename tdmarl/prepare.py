@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdmarl import reduce
-from tdmarl.keys import per_agent
+from tdmarl.keys import entry, per_agent
 
 
 def generalized_advantage(
@@ -68,7 +68,7 @@ class Advantage(TensorDictModuleBase):
 
     Args:
         critic (TensorDictModuleBase): writes ``(group, "state_value")`` for each group.
-        groups (sequence of str): the team's groups.
+        groups (sequence of str or None): the team's groups; ``[None]`` for one value of the team, at the root.
         gamma, lmbda (float): see :func:`generalized_advantage`.
         standardize ("group", "agent" or None): advantages to mean 0 and standard deviation 1 over the live agents
             of the group, over each agent apart, or not at all; once per batch.
@@ -83,7 +83,7 @@ class Advantage(TensorDictModuleBase):
     def __init__(
         self,
         critic: TensorDictModuleBase,
-        groups: Sequence[str],
+        groups: Sequence[str | None],
         *,
         gamma: float = 0.99,
         lmbda: float = 0.95,
@@ -108,7 +108,7 @@ class Advantage(TensorDictModuleBase):
         self.in_keys = [*critic.in_keys, *(("next", *((k,) if isinstance(k, str) else k)) for k in states)]
         self.out_keys = [
             *critic.out_keys,
-            *((g, k) for g in self.groups for k in ("advantage", "value_target")),
+            *(entry(g, k) for g in self.groups for k in ("advantage", "value_target")),
         ]
 
     def _is_action(self, key: object) -> bool:
@@ -120,18 +120,19 @@ class Advantage(TensorDictModuleBase):
         written = valued.select(*self.critic.out_keys)
         after = self._next_values(tensordict, written)
         for group in self.groups:
-            value, next_value = written.get((group, "state_value")), after.get((group, "state_value"))
+            value, next_value = (td.get(entry(group, "state_value")) for td in (written, after))
             reward, done, terminated = (
                 per_agent(tensordict, group, name, value) for name in ("reward", "done", "terminated")
             )
             advantage, target = generalized_advantage(
-                reward, value, next_value, done, terminated, gamma=self.gamma, lmbda=self.lmbda
-            )
-            mask = tensordict.get((group, "mask"), None)
+                reward, value, next_value, done, terminated, gamma=self.gamma, lmbda=self.lmbda,
+                time_dim=tensordict.ndim - 1,
+            )  # fmt: skip
+            mask = None if group is None else tensordict.get((group, "mask"), None)
             if self.standardize is not None:
                 advantage = reduce.standardize(advantage, mask, per_agent=self.standardize == "agent")
-            tensordict.set((group, "advantage"), advantage)
-            tensordict.set((group, "value_target"), target)
+            tensordict.set(entry(group, "advantage"), advantage)
+            tensordict.set(entry(group, "value_target"), target)
         return tensordict.update(written)
 
     def _next_values(self, batch: TensorDictBase, written: TensorDictBase) -> TensorDictBase:
@@ -142,15 +143,13 @@ class Advantage(TensorDictModuleBase):
         following = batch.get("next").select(
             *(k for k in self.critic.in_keys if not self._is_action(k)), strict=False
         )
-        values = [(g, "state_value") for g in self.groups]
+        values = [entry(g, "state_value") for g in self.groups]
         if self.recurrent:  # a sequence cannot be cut where it ends
             init = torch.zeros_like(done)
             return self.critic(self._with_actions(following.set("is_init", init), batch)).select(*values)
         time = end.ndim - 1
         shifted = written.select(*values).apply(lambda v: v.roll(-1, time))
-        if (
-            on_host(end.device) and not reduce.has_seed_axis()
-        ):  # reading costs nothing here, and few rows are ends
+        if on_host(end.device) and not reduce.has_seed_axis():  # reading costs nothing, and few rows are ends
             where = end.nonzero(as_tuple=True)
             ends = self._with_actions(following[where], batch[where] if self.reads_actions else batch)
             shifted[where] = self.critic(ends).select(*values)
@@ -190,3 +189,115 @@ class TeamReward(TensorDictModuleBase):
         rewards = torch.cat([tensordict.get(key) for key in self.in_keys], -2)  # [*B, n, 1]
         total = rewards.sum(-2)
         return tensordict.set(("next", "reward"), total if self.how == "sum" else total / rewards.shape[-2])
+
+
+class HAPPOFactor(TensorDictModuleBase):
+    """Multiplies the compound ratio of the agents that were updated already: HAPPO's factor.
+
+        ``M <- M * prod_i pi_new(u_i | o_i) / pi_old(u_i | o_i)``
+
+    over the agents just updated, whose log-probabilities of the whole batch before and after their update are
+    given. It is detached and unclipped, added up as logarithms, and a dead agent leaves it as it is.
+
+    Source: Kuba et al. 2022, "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning"; the
+    definition that prints ``i_{1:m-1}-1`` means the agents ``i_1`` to ``i_{m-1}``.
+
+    Args:
+        group (str): the group of the agents just updated.
+        team (sequence of str, optional): the groups whose ``factor`` is multiplied; only ``group`` if None.
+        aggregate ("prod" or "mean"): of the ratios of an action's dimensions, where log-probabilities are given per
+            dimension; the product is the ratio of the action.
+
+    Reads ``(group, log_prob_before | log_prob_after)`` ``[*B, k]`` or ``[*B, k, d]`` of ``k`` agents with ``d``
+    action dimensions, ``(group, updated_mask)`` ``[*B, k]`` if there, and each group's ``factor`` ``[*B, n, 1]``,
+    which it writes back into the batch.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"g": {"factor": torch.ones(1, 2, 1), "log_prob_before": torch.tensor([[0.5]]).log(),
+        ...     "log_prob_after": torch.tensor([[0.7]]).log()}}, [1])
+        >>> HAPPOFactor("g")(td)["g", "factor"].flatten()
+        tensor([1.4000, 1.4000])
+    """
+
+    def __init__(self, group: str, team: Sequence[str] | None = None, *, aggregate: str = "prod") -> None:
+        super().__init__()
+        if aggregate not in ("prod", "mean"):
+            raise ValueError(f"aggregate={aggregate!r} must be 'prod' or 'mean'.")
+        self.group, self.team, self.aggregate = group, tuple(team or (group,)), aggregate
+        self.out_keys = [(g, "factor") for g in self.team]
+        self.in_keys = [(group, "log_prob_before"), (group, "log_prob_after"), *self.out_keys]
+        self.optional_keys = [(group, "updated_mask")]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        before, after = (tensordict.get(key) for key in self.in_keys[:2])
+        log_ratio = after - before
+        if log_ratio.ndim > tensordict.ndim + 1:  # [*B, k, d]
+            if self.aggregate == "prod":
+                log_ratio = log_ratio.sum(-1)
+            else:
+                log_ratio = (log_ratio.exp().sum(-1) / log_ratio.shape[-1]).log()
+        elif self.aggregate == "mean":
+            raise ValueError(
+                f"aggregate='mean' needs {self.in_keys[0]} per action dimension, [*B, k, d]; it has "
+                f"{tuple(before.shape)}, already summed."
+            )
+        mask = tensordict.get((self.group, "updated_mask"), None)
+        if mask is not None:
+            log_ratio = torch.where(mask, log_ratio, 0)
+        ratio = log_ratio.sum(-1).exp().reshape(*tensordict.shape, 1, 1)
+        for key in self.out_keys:
+            tensordict.set(key, tensordict.get(key) * ratio)
+        return tensordict
+
+
+class JointAdvantage(TensorDictModuleBase):
+    """One advantage of the joint action for the whole team, as HAPPO and HATRPO need it, and a factor of one.
+
+    The rewards of all agents become the team's, as you say how; the critic values the team; each agent's advantage
+    is the joint one, standardized over the entries at which that agent is alive.
+
+    Args:
+        critic (TensorDictModuleBase): writes ``"state_value"`` ``[*B, 1]`` at the root.
+        groups (sequence of str): the team's groups.
+        sizes (sequence of int): how many agents each group has.
+        team_reward ("mean" or "sum"): over all agents.
+        gamma, lmbda (float): see :func:`generalized_advantage`.
+        standardize (bool): to mean 0 and standard deviation 1, once per batch.
+
+    Writes root ``state_value | value_target`` ``[*B, T, 1]``, ``(group, advantage | factor)`` ``[*B, T, n, 1]``.
+    """
+
+    def __init__(
+        self,
+        critic: TensorDictModuleBase,
+        groups: Sequence[str],
+        sizes: Sequence[int],
+        *,
+        team_reward: str = "mean",
+        gamma: float = 0.99,
+        lmbda: float = 0.95,
+        standardize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.groups, self.sizes, self.standardize = tuple(groups), tuple(sizes), standardize
+        self.reward = TeamReward(groups, team_reward)
+        self.advantage = Advantage(critic, [None], gamma=gamma, lmbda=lmbda, standardize=None)
+        self.in_keys = [*self.advantage.in_keys, *self.reward.in_keys]
+        written = [(g, name) for g in self.groups for name in ("advantage", "factor")]
+        self.out_keys = [*self.advantage.out_keys, *written]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tensordict = self.advantage(self.reward(tensordict))
+        joint = tensordict.get("advantage").unsqueeze(-2)  # [*B, T, 1, 1]
+        for group, n in zip(self.groups, self.sizes):
+            advantage = joint.expand(*joint.shape[:-2], n, 1)
+            if self.standardize:
+                advantage = reduce.standardize(
+                    advantage, tensordict.get((group, "mask"), None), per_agent=True
+                )
+            tensordict.set((group, "advantage"), advantage)
+            tensordict.set((group, "factor"), torch.ones_like(advantage))
+        return tensordict

@@ -18,7 +18,6 @@ import dataclasses
 import io
 import itertools
 import math
-import json
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,90 +37,11 @@ from torch import nn
 from torchrl.checkpoint import Checkpoint, GlobalRNGState, StateDictCheckpointAdapter
 
 from tdmarl import log, seeds
-from tdmarl.envs.tasks import TASKS
+from tdmarl.options import Options, flag
 
 OVERRIDABLE = (
     "total_frames", "logger", "progress", "device", "eval_every", "eval_episodes", "checkpoint_every",
 )
-
-
-@dataclasses.dataclass(kw_only=True)
-class Options:
-    """What every recipe can be asked for; a recipe's own dataclass extends it with hyper-parameters."""
-
-    scenario: str = "navigation"
-    """Name of the VMAS scenario."""
-    scenario_args: str = "{}"
-    """The scenario's own arguments as JSON, such as '{"n_agents": 5}', over those of tdmarl.envs.tasks."""
-    num_envs: int = 128
-    """Environments simulated side by side."""
-    max_steps: int = 100
-    """Steps after which an episode is cut."""
-    frames_per_batch: int = 12_800
-    """Frames (environment steps over all environments) between two updates; a multiple of --num-envs."""
-    total_frames: int = 384_000
-    """Frames of the whole run, those before a resume included."""
-    seed: int = 0
-    """Seed of everything random: initialization, environment, acting, learning, evaluation."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N: simulator, policy and learner run there."""
-    mode: Literal["auto", "eager", "compile", "cudagraph"] = "auto"
-    """How the update runs on the device."""
-    out: str | None = None
-    """Folder of the run. Default: runs/<algorithm>-<scenario>-<seed>-<time>."""
-    resume: str | None = None
-    """Folder of a run to continue. Its options hold; its length and its record-keeping may be given anew."""
-    logger: Literal["csv", "tensorboard", "wandb", "mlflow", "none"] = "csv"
-    """Where metrics go besides metrics.csv, which is always written; csv and none add nothing to it."""
-    eval_every: int = 5
-    """Iterations between two evaluations; 0: only the last one is evaluated."""
-    eval_episodes: int = 128
-    """Whole episodes per evaluation, played by the deterministic policy."""
-    checkpoint_every: int = 1
-    """Iterations between two checkpoints; 0: only at the end. A signal always writes one."""
-    progress: bool = True
-    """Show a progress bar on a terminal."""
-
-    def check(self) -> None:
-        """Raises ValueError for options that no environment and no algorithm could accept."""
-        for name in ("num_envs", "max_steps", "frames_per_batch", "total_frames", "eval_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "checkpoint_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{_flag(name)} must not be negative, got {getattr(self, name)}")
-        if self.frames_per_batch % self.num_envs:
-            near = max(1, self.frames_per_batch // self.num_envs) * self.num_envs
-            raise ValueError(
-                f"--frames-per-batch {self.frames_per_batch} is not a multiple of "
-                f"--num-envs {self.num_envs}; {near} would be"
-            )
-        log.check_tracker(self.logger)
-        self.pick_device()
-        self.task()
-
-    def task(self) -> dict[str, Any]:
-        """The scenario's arguments: those of the published comparisons, and ``scenario_args`` over them."""
-        try:
-            given = json.loads(self.scenario_args)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--scenario-args {self.scenario_args!r} is not JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ValueError(f"--scenario-args {self.scenario_args!r} must be an object such as '{{\"n_agents\": 5}}'")
-        return TASKS.get(self.scenario, {}) | given
-
-    def pick_device(self) -> torch.device:
-        """The device that ``device`` names; ValueError where it is not there."""
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        try:
-            device = torch.device(("cuda" if found else "cpu") if self.device == "auto" else self.device)
-        except RuntimeError:
-            device = torch.device("meta")
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {self.device} is none of auto, cpu, cuda and cuda:N")
-        if device.type == "cuda" and (device.index or 0) >= found:
-            raise ValueError(f"--device {self.device} is not there: torch finds {found} CUDA devices")
-        return device
 
 
 class Diverged(RuntimeError):
@@ -376,16 +296,16 @@ def _parse(kind: type[Chosen], argv: list[str]) -> Chosen:
     folder, stored = given.resume, log.read_config(given.resume)["options"]
     strange = set(stored) ^ {field.name for field in dataclasses.fields(kind) if field.name != "resume"}
     if strange:
-        names = ", ".join(_flag(name) for name in sorted(strange))
+        names = ", ".join(flag(name) for name in sorted(strange))
         raise ValueError(f"--resume {folder} was written by another program: they differ in {names}")
     before = kind(**stored, resume=folder)
     given = tyro.cli(kind, args=argv, default=before)
     fixed = [name for name in stored if name not in OVERRIDABLE]
-    changed = [_flag(name) for name in fixed if getattr(given, name) != getattr(before, name)]
+    changed = [flag(name) for name in fixed if getattr(given, name) != getattr(before, name)]
     if changed:
         raise ValueError(
             f"--resume continues {folder} as it was begun: {', '.join(changed)} cannot change, "
-            f"only {', '.join(_flag(name) for name in OVERRIDABLE)}"
+            f"only {', '.join(flag(name) for name in OVERRIDABLE)}"
         )
     return given
 
@@ -421,10 +341,6 @@ def _one_line() -> Iterator[None]:
 
 def _is_due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _complain(message: str) -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     {"learners"},
     {"envs", "collect", "log", "stats", "plot", "video", "distributed"},
     {"evaluate"},
+    {"options"},
     {"run"},
     {"algorithms"},
     {"saving"},
@@ -125,7 +126,7 @@ def test_only_step_goes_backward():
 def test_nobody_imports_recipes_and_recipes_stand_alone(path):
     for module in imports(path):
         top = module.split(".")[0]
-        assert top in ("tdmarl", "torch", "torchrl", "tensordict") or top in sys.stdlib_module_names, (
+        assert top in ("tdmarl", "torch", "torchrl", "tensordict", "tyro") or top in sys.stdlib_module_names, (
             f"{path} imports {module}"
         )
     name = f"recipes.{path.stem}"

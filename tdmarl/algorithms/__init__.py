@@ -1,6 +1,7 @@
 """The algorithms, each one function of an environment's specs."""
 
 from tdmarl.algorithms.contract import Algorithm
+from tdmarl.algorithms.happo import happo
 from tdmarl.algorithms.ppo import ippo, mappo
 
-__all__ = ["Algorithm", "ippo", "mappo"]
+__all__ = ["Algorithm", "happo", "ippo", "mappo"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tensordict.nn import TensorDictModuleBase
 
-from tdmarl.learners import Learner
+from tdmarl.learners import Learner, SequentialLearner
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Algorithm:
         policy (TensorDictModuleBase): acts; under ``ExplorationType.DETERMINISTIC`` without exploring. What is
             evaluated and saved.
         explore (TensorDictModuleBase): what the collector runs.
-        learner (Learner): a collected batch to a tensordict of scalar metrics on the device; has ``state_dict``
-            and ``load_state_dict`` over all that learning changes.
+        learner (Learner or SequentialLearner): a collected batch to a tensordict of scalar metrics on
+            the device; has ``state_dict`` and ``load_state_dict`` over all that learning changes.
     """
 
     policy: TensorDictModuleBase
     explore: TensorDictModuleBase
-    learner: Learner
+    learner: Learner | SequentialLearner

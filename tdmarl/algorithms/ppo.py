@@ -60,6 +60,7 @@ def mappo(
     other_actions: bool = False,
     share_params: Sharing = True,
     share_critic_params: Sharing | None = None,
+    agent_id: bool = False,
     share_buffer: bool = True,
     hidden: Sequence[int] = (64, 64),
     activation: type[nn.Module] = nn.ReLU,
@@ -94,6 +95,7 @@ def mappo(
         other_actions (bool): let V also see what the other agents do.
         share_params, share_critic_params (bool or map): which agents share a network; the critic as the actor
             unless it is said.
+        agent_id (bool): let a shared actor know whom it serves (the critic always does).
         share_buffer (bool): False: each agent learns from its own draw of rows.
         hidden, activation, layer_norm: the networks'; see :class:`~tdmarl.nets.AgentMLP`.
         actor (module or mapping, optional): replaces the actor; for several groups a mapping from group to actor.
@@ -115,7 +117,7 @@ def mappo(
         share_critic_params = share_params
     nets: dict[str, Any] = {"hidden": hidden, "activation": activation, "layer_norm": layer_norm}
     with seeds.routed(seeds.generator(seed, "init")):
-        actors = _actors(env, list(members), actor, share_params, nets)
+        actors = _actors(env, list(members), actor, share_params, nets | {"agent_id": agent_id})
         if critic is None:
             critic = state_critic(
                 env,

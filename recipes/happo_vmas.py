@@ -1,0 +1,67 @@
+"""HAPPO on a VMAS scenario: agents update one after the other, weighted by what the earlier ones changed.
+
+    python recipes/happo_vmas.py --scenario navigation
+    python recipes/happo_vmas.py --resume runs/happo-navigation-0-... --total-frames 1000000
+    python -m tdmarl.plot runs/*
+
+The run's folder holds config.json, metrics.csv and checkpoints/; tdmarl.load_policy(folder) gives the policy
+back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tdmarl
+from tdmarl.options import OnPolicyOptions
+from tdmarl.run import Run, launch
+
+
+@dataclass(kw_only=True)
+class HAPPOOptions(OnPolicyOptions):
+    """HAPPO on a VMAS scenario: agents update one after the other, weighted by what the earlier ones changed."""
+
+    share_params: bool = False
+    """One network each, as the method has it, or one for all agents of a group."""
+    team_reward: Literal["mean", "sum"] = "mean"
+    """How the agents' rewards become the team's."""
+
+
+def main(options: HAPPOOptions) -> None:
+    """Trains until the frames are used up; what is on the disk then is the run's folder."""
+    env = tdmarl.VmasEnv(
+        options.scenario,
+        num_envs=options.num_envs,
+        max_steps=options.max_steps,
+        device=options.pick_device(),
+        seed=options.seed,
+        **options.task(),
+    )
+    arguments = options.arguments() | {
+        "group": tuple(env.group_map),  # several groups: one team
+        "share_params": options.share_params,
+        "team_reward": options.team_reward,
+    }
+    algo = tdmarl.happo(env, **arguments)
+    collector = tdmarl.Collector(
+        env,
+        algo.explore,
+        frames_per_batch=options.frames_per_batch,
+        total_frames=options.total_frames,
+        seed=options.seed,
+    )
+    with Run(
+        options, algorithm="happo", arguments=arguments, env=env, policy=algo.policy, learner=algo.learner,
+        collector=collector,
+    ) as run:  # fmt: skip
+        for batch in collector:
+            metrics = algo.learner(batch)
+            returns = None
+            if run.evaluates():
+                returns = tdmarl.evaluate(env, algo.policy, episodes=options.eval_episodes, seed=options.seed)
+            run.log(batch, metrics, returns)
+
+
+if __name__ == "__main__":
+    launch(main, HAPPOOptions)

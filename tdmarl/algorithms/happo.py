@@ -1,0 +1,218 @@
+"""HAPPO: agents update one after the other, each weighted by what the earlier ones changed.
+
+With the joint advantage ``A(s, u)`` of the team and a new random order ``i_1, ..., i_n`` in each iteration, agent
+``i_m`` maximizes
+
+    ``E[ min(r M, clip(r, 1 - eps, 1 + eps) M) ] + c H``,  ``M = (prod_{j < m} pi_new_j / pi_old_j) A(s, u)``
+
+with ``r = pi(u | o) / pi_old(u | o)`` of its own action. The product over the agents before it, the *factor*, is
+taken over the whole batch after each agent's update, unclipped and detached, and is an entry of the batch. As
+``M min(r A, clip(r) A) = min(r (M A), clip(r) (M A))`` for a positive factor, an agent's step is PPO's with the
+advantage ``factor * A``, which is not standardized again. The critic learns last, so all agents see one ``A``.
+
+Source: Kuba et al. 2022, "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning"; defaults and
+order of statements as in its authors' HARL. Where descriptions print ``i_{1:m-1}-1`` the agents before ``i_m`` are
+meant.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+
+from tdmarl import seeds
+from tdmarl.actors import agent_actor, stochastic_actor
+from tdmarl.algorithms.contract import Algorithm
+from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
+from tdmarl.keys import Group, check_chain, collected, team
+from tdmarl.learners import AgentUpdate, BatchBuffer, Learner, SequentialLearner
+from tdmarl.losses import PolicyLoss, ValueLoss
+from tdmarl.nets import Sharing, Views
+from tdmarl.prepare import HAPPOFactor, JointAdvantage
+from tdmarl.step import Annealing, Part, Step
+
+Actors = Mapping[str, Sequence[TensorDictModuleBase]]
+
+
+def happo(
+    env: EnvBase,
+    group: str | Sequence[str] | None = None,
+    *,
+    team_reward: str = "mean",
+    gamma: float = 0.99,
+    lmbda: float = 0.95,
+    clip_epsilon: float = 0.2,
+    entropy_coeff: float = 0.01,
+    num_epochs: int = 5,
+    minibatch_size: int | None = None,
+    lr: float = 5e-4,
+    critic_lr: float | None = None,
+    max_grad_norm: float | None = 10.0,
+    value_clip: bool = True,
+    value_norm: bool = True,
+    huber_delta: float = 10.0,
+    normalize_advantage: bool = True,
+    anneal_frames: int | None = None,
+    critic_scope: str = "team",
+    share_params: Sharing = False,
+    order: Sequence[int] | None = None,
+    factor: bool = True,
+    hidden: Sequence[int] = (128, 128),
+    activation: type[nn.Module] = nn.ReLU,
+    layer_norm: bool = True,
+    actor: Actors | None = None,
+    critic: TensorDictModuleBase | None = None,
+    optim: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    seed: int = 0,
+    mode: str = "auto",
+) -> Algorithm:
+    """Builds HAPPO for a cooperative team; agents may differ in sizes, kinds of action and networks.
+
+    Args:
+        env (EnvBase): whose specs give the sizes; it is not stepped.
+        group (str or sequence of str, optional): the team's groups; None means the only one. Agents are numbered by
+            group, then by index.
+        team_reward ("mean" or "sum"): how the agents' rewards become the team's.
+        gamma, lmbda, clip_epsilon, entropy_coeff, num_epochs, minibatch_size, lr, critic_lr, max_grad_norm,
+            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, seed, mode: see
+            :func:`tdmarl.mappo`; here each agent has its own epochs and optimizer.
+        normalize_advantage (bool): standardize the joint advantage once, over each agent's live entries.
+        critic_scope ("team" or "state"): what the team's one V sees.
+        share_params (bool or map): agents may share networks, but the theory of the sequential update then no
+            longer holds, and a warning says so.
+        order (sequence of int, optional): always this order of agents; None draws a new one for each batch.
+        factor (bool): False leaves every factor at one: the agents then update as independent PPO learners of the
+            joint advantage.
+        actor (mapping of str to sequence of modules, optional): each group's actors, one for each agent, with flat
+            keys such as ``"observation"`` and ``"action"``.
+        critic (module, optional): replaces the critic; writes ``"state_value"`` ``[*B, 1]``.
+        optim (callable, optional): parameters to optimizer, in place of Adam.
+
+    Returns:
+        Algorithm: policy, explore (the same) and learner.
+    """
+    members = team(env, group)
+    nets: dict[str, Any] = {"hidden": hidden, "activation": activation, "layer_norm": layer_norm}
+    if share_params is not False:
+        warnings.warn(
+            "HAPPO with shared parameters: an agent's step changes the others' policies too, so the factor is "
+            "no longer the ratio of the agents before it and the improvement is not guaranteed.",
+            stacklevel=2,
+        )
+    with seeds.routed(seeds.generator(seed, "init")):
+        agents, policy = _agents(env, list(members), actor, share_params, nets)
+        if critic is None:
+            critic = state_critic(env, group, scope=critic_scope, joint=True, **nets)
+    norm = ValueNorm(device=members.groups[0].device) if value_norm else None
+    if norm is not None:
+        critic = NormalizedCritic(critic, {None: norm})
+    made: dict[tuple[int, ...], torch.optim.Optimizer] = {}
+
+    def adam(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
+        key = tuple(map(id, params))  # agents that share a network share its optimizer
+        if key not in made:
+            device = params[0].device
+            made[key] = (
+                torch.optim.Adam(
+                    params, torch.tensor(rate, device=device), eps=1e-5, fused=device.type != "meta"
+                )
+                if optim is None
+                else optim(params)
+            )
+        return made[key]
+
+    updates, losses = [], []
+    for name, index, alone in agents:
+        loss = PolicyLoss(alone, None, clip_epsilon=clip_epsilon, entropy_coeff=entropy_coeff)
+        losses.append(loss)
+        part = Part(loss, adam(list(alone.parameters()), lr), max_grad_norm, name="actor")
+        updates.append(AgentUpdate(name, index, alone, Step([part])))
+    value_loss = ValueLoss(
+        critic,
+        None,
+        clip_epsilon=clip_epsilon if value_clip else None,
+        huber_delta=huber_delta,
+        value_norm=norm,
+    )
+    value_step = Step(
+        [Part(value_loss, adam(list(critic.parameters()), critic_lr or lr), max_grad_norm, name="critic")]
+    )
+    sizes = [g.n_agents for g in members]
+    prepare = JointAdvantage(
+        critic,
+        members.names,
+        sizes,
+        team_reward=team_reward,
+        gamma=gamma,
+        lmbda=lmbda,
+        standardize=normalize_advantage,
+    )
+    check_chain(collected(env, policy), [("JointAdvantage", prepare), ("the critic's loss", value_step)])
+    annealing = None
+    if anneal_frames is not None:
+        buffers = [(loss, "entropy_coeff") for loss in losses]
+        annealing = Annealing(anneal_frames, optims=list(made.values()), buffers=buffers)
+    device = members.groups[0].device
+    rows = [
+        BatchBuffer(minibatch_size, num_epochs, seed=seeds.derive(seed, f"learning/{who}"), device=device)
+        for who in ("agents", "critic")
+    ]
+    learner = SequentialLearner(
+        updates, rows[0], Learner(value_step, rows[1], mode=mode), prepare=prepare,
+        factor=(lambda name: HAPPOFactor(name, members.names)) if factor else None, order=order, annealing=annealing,
+        seed=seeds.derive(seed, "order"), mode=mode,
+    )  # fmt: skip
+    return Algorithm(policy=policy, explore=policy, learner=learner)
+
+
+def _agents(
+    env: EnvBase, members: list[Group], actor: Actors | None, share_params: Sharing, nets: dict[str, Any]
+) -> tuple[list[tuple[str, int, TensorDictModuleBase]], TensorDictModuleBase]:
+    """Every agent's own actor, and the policy of them all."""
+    policies, agents = [], []
+    for g in members:
+        if actor is None:
+            views: Views = {}
+            whole = stochastic_actor(env, g.name, share_params, **nets)
+            own = [agent_actor(whole, i, views) for i in range(g.n_agents)]
+        else:
+            if g.name not in actor or len(actor[g.name]) != g.n_agents:
+                found = {name: len(mine) for name, mine in actor.items()}
+                raise ValueError(
+                    f"actor= has {found} actors; group {g.name!r} needs {g.n_agents}, one for each agent."
+                )
+            own = list(actor[g.name])
+            whole = SideBySide(own, g.name)
+        policies.append(whole)
+        agents += [(g.name, i, alone) for i, alone in enumerate(own)]
+    return agents, policies[0] if len(policies) == 1 else TensorDictSequential(*policies)
+
+
+class SideBySide(TensorDictModuleBase):
+    """Single agents' modules as one module of their group: module ``i`` sees agent ``i``'s entries under flat keys.
+
+    Args:
+        modules (sequence of TensorDictModuleBase): one for each agent, all with the same keys.
+        group (str): the group.
+    """
+
+    def __init__(self, modules: Sequence[TensorDictModuleBase], group: str) -> None:
+        super().__init__()
+        self.agents, self.group = nn.ModuleList(modules), group
+        self.in_keys = [(group, key) for key in modules[0].in_keys]
+        self.out_keys = [(group, key) for key in modules[0].out_keys]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        mine = tensordict.get(self.group)
+        written = [module(mine[..., i]) for i, module in enumerate(self.agents)]
+        for group, key in self.out_keys:
+            stacked = torch.stack([td.get(key) for td in written], tensordict.ndim)
+            tensordict.set((group, key), stacked)
+        return tensordict

@@ -1,0 +1,143 @@
+"""What a recipe can be asked for on its command line; ``tyro`` reads the types, and the strings are the help.
+
+A recipe's own dataclass extends one of these with what its algorithm alone has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+import torch
+
+from tdmarl import log
+from tdmarl.envs.tasks import TASKS
+
+
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """What every recipe can be asked for; a recipe's own dataclass extends it with hyper-parameters."""
+
+    scenario: str = "navigation"
+    """Name of the VMAS scenario."""
+    scenario_args: str = "{}"
+    """The scenario's own arguments as JSON, such as '{"n_agents": 5}', over those of tdmarl.envs.tasks."""
+    num_envs: int = 128
+    """Environments simulated side by side."""
+    max_steps: int = 100
+    """Steps after which an episode is cut."""
+    frames_per_batch: int = 12_800
+    """Frames (environment steps over all environments) between two updates; a multiple of --num-envs."""
+    total_frames: int = 768_000
+    """Frames of the whole run, those before a resume included."""
+    seed: int = 0
+    """Seed of everything random: initialization, environment, acting, learning, evaluation."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N: simulator, policy and learner run there."""
+    mode: Literal["auto", "eager", "compile", "cudagraph"] = "auto"
+    """How the update runs on the device."""
+    out: str | None = None
+    """Folder of the run. Default: runs/<algorithm>-<scenario>-<seed>-<time>."""
+    resume: str | None = None
+    """Folder of a run to continue. Its options hold; its length and its record-keeping may be given anew."""
+    logger: Literal["csv", "tensorboard", "wandb", "mlflow", "none"] = "csv"
+    """Where metrics go besides metrics.csv, which is always written; csv and none add nothing to it."""
+    eval_every: int = 5
+    """Iterations between two evaluations; 0: only the last one is evaluated."""
+    eval_episodes: int = 128
+    """Whole episodes per evaluation, played by the deterministic policy."""
+    checkpoint_every: int = 1
+    """Iterations between two checkpoints; 0: only at the end. A signal always writes one."""
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that no environment and no algorithm could accept."""
+        for name in ("num_envs", "max_steps", "frames_per_batch", "total_frames", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+        if self.frames_per_batch % self.num_envs:
+            near = max(1, self.frames_per_batch // self.num_envs) * self.num_envs
+            raise ValueError(
+                f"--frames-per-batch {self.frames_per_batch} is not a multiple of "
+                f"--num-envs {self.num_envs}; {near} would be"
+            )
+        log.check_tracker(self.logger)
+        self.pick_device()
+        self.task()
+
+    def task(self) -> dict[str, Any]:
+        """The scenario's arguments: those of the published comparisons, and ``scenario_args`` over them."""
+        try:
+            given = json.loads(self.scenario_args)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--scenario-args {self.scenario_args!r} is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"--scenario-args {self.scenario_args!r} must be an object such as '{{\"n_agents\": 5}}'"
+            )
+        return TASKS.get(self.scenario, {}) | given
+
+    def pick_device(self) -> torch.device:
+        """The device that ``device`` names; ValueError where it is not there."""
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        try:
+            device = torch.device(("cuda" if found else "cpu") if self.device == "auto" else self.device)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {self.device} is none of auto, cpu, cuda and cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= found:
+            raise ValueError(f"--device {self.device} is not there: torch finds {found} CUDA devices")
+        return device
+
+
+@dataclasses.dataclass(kw_only=True)
+class OnPolicyOptions(Options):
+    """What the recipes of the PPO family have in common, with defaults for VMAS on a laptop."""
+
+    lr: float = 1e-3
+    """Learning rate of actor and critic."""
+    num_epochs: int = 4
+    """How often each batch is gone through."""
+    minibatch_size: int = 3_200
+    """Frames per minibatch, at most --frames-per-batch."""
+    gamma: float = 0.99
+    """Discount of rewards."""
+    lmbda: float = 0.95
+    """GAE's weight of long returns."""
+    clip_epsilon: float = 0.2
+    """How far a policy's probability ratio may move within a batch."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 10.0
+    """Largest norm of the actor's and of the critic's gradient."""
+    anneal: bool = False
+    """Let the learning rates and the entropy bonus fall to zero over --total-frames."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot be meant."""
+        super().check()
+        if not 1 <= self.minibatch_size <= self.frames_per_batch:
+            raise ValueError(
+                f"--minibatch-size {self.minibatch_size} must be between 1 and the batch's "
+                f"{self.frames_per_batch} frames (--frames-per-batch)"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`tdmarl.mappo`, :func:`tdmarl.ippo` and :func:`tdmarl.happo`."""
+        names = (
+            "lr", "num_epochs", "minibatch_size", "gamma", "lmbda", "clip_epsilon", "entropy_coeff", "max_grad_norm",
+            "seed", "mode",
+        )  # fmt: skip
+        horizon = self.total_frames if self.anneal else None
+        return {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return "--" + name.replace("_", "-")

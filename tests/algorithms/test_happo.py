@@ -1,0 +1,377 @@
+"""HAPPO against numbers of its authors' code, against the theorem it rests on, and against PPO where they coincide."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from toys import ToyEnv
+from torch import nn
+from torchrl.modules import ProbabilisticActor
+
+import tdmarl
+from tdmarl.actors import MaskedCategorical
+from tdmarl.algorithms import happo
+from tdmarl.learners import AgentUpdate, BatchBuffer, SequentialLearner
+from tdmarl.losses import PolicyLoss
+from tdmarl.prepare import HAPPOFactor
+from tdmarl.step import Part, Step
+
+T, N, AGENTS, STATES, CHOICES = 4, 2, 3, 2, 3
+ALL = (1.10886, 0.943286, 1.14044, 0.935593, 0.97268, 1.14044, 0.954288, 1.10886)
+
+
+class Table(nn.Module):
+    """Logits of a tabular policy, ``theta[s, a]``, and no bias."""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = nn.Parameter(theta)
+
+    def forward(self, observation):
+        return observation @ self.theta
+
+
+def tabular(theta):
+    net = TensorDictModule(Table(theta), in_keys=["observation"], out_keys=["logits"])
+    return ProbabilisticActor(
+        net, in_keys=["logits"], out_keys=["action"], distribution_class=MaskedCategorical, return_log_prob=True,
+        log_prob_key="action_log_prob",
+    )  # fmt: skip
+
+
+class Nothing:
+    """A critic's learner that learns nothing."""
+
+    def __call__(self, batch):
+        return TensorDict()
+
+
+def published(epochs, lr, entropy_coeff):
+    """The sequential update on the published data: T x N rows, three tabular agents, order 0, 1, 2, plain SGD."""
+    t, e, i = torch.meshgrid(torch.arange(T), torch.arange(N), torch.arange(AGENTS), indexing="ij")
+    state = (t + e) % STATES  # [T, N, n]
+    action = (3 * t + 5 * e + 7 * i + t // 2) % CHOICES
+    advantage = torch.sin((1 + t + 4 * e).double()).float()[..., :1]  # [T, N, 1]
+    s, a = torch.meshgrid(torch.arange(STATES), torch.arange(CHOICES), indexing="ij")
+    actors = [tabular((0.1 * (agent + 1) * (s + 1) * (a - 1)).float()) for agent in range(AGENTS)]
+    group = TensorDict(
+        {"observation": nn.functional.one_hot(state, STATES).float(), "action": action}, [T, N, AGENTS]
+    )
+    old = [
+        actors[j].get_dist(group[..., j].select("observation")).log_prob(action[..., j]).detach()
+        for j in range(AGENTS)
+    ]
+    group["action_log_prob"] = torch.stack(old, -1)
+    group["advantage"] = tdmarl.reduce.standardize(
+        advantage.unsqueeze(-2).expand(T, N, AGENTS, 1), per_agent=True
+    )
+    group["factor"] = torch.ones(T, N, AGENTS, 1)
+    factors, updates = [], []
+    for j, actor in enumerate(actors):
+        loss = PolicyLoss(actor, None, clip_epsilon=0.2, entropy_coeff=entropy_coeff)
+        updates.append(
+            AgentUpdate("g", j, actor, Step([Part(loss, torch.optim.SGD(actor.parameters(), lr), 10.0)]))
+        )
+
+    def recording(name):
+        transform = HAPPOFactor(name)
+
+        def record(td):
+            td = transform(td)
+            factors.append(td["g", "factor"][..., 0, 0].flatten())
+            return td
+
+        return record
+
+    learner = SequentialLearner(
+        updates,
+        BatchBuffer(None, epochs),
+        Nothing(),
+        prepare=lambda td: td,
+        factor=recording,
+        order=range(AGENTS),
+    )
+    learner(TensorDict({"g": group}, [T, N]))
+    return [actor.module[0].module.theta.detach().flatten() for actor in actors], factors
+
+
+def test_one_step_gives_the_parameters_and_factors_of_the_authors_code():
+    thetas, factors = published(1, 0.5, 0.0)
+    expected = [
+        [0.000313, -0.030719, 0.030406, -0.077332, -0.055536, 0.132868],
+        [-0.263616, 0.106238, 0.157378, -0.481529, 0.133161, 0.348367],
+        [-0.331184, -0.072001, 0.403185, -0.669051, -0.077373, 0.746424],
+    ]
+    for theta, numbers in zip(thetas, expected):
+        torch.testing.assert_close(theta, torch.tensor(numbers), atol=1e-5, rtol=0)
+    torch.testing.assert_close(factors[0], torch.tensor(ALL), atol=1e-5, rtol=0)
+    last = [1.338798, 0.761133, 1.426666, 0.799975, 0.884716, 1.426666, 0.800009, 1.338798]
+    torch.testing.assert_close(factors[2], torch.tensor(last), atol=1e-5, rtol=0)
+
+
+def test_five_epochs_with_entropy_give_the_parameters_and_factors_of_the_authors_code():
+    thetas, factors = published(5, 2.0, 0.01)
+    expected = [
+        [0.323835, -0.164147, -0.159688, 0.287067, -0.219253, -0.067814],
+        [-0.479078, 0.53425, -0.055172, -0.7131, 0.616283, 0.096817],
+        [-0.561553, -0.427772, 0.989325, -0.887995, -0.411176, 1.299171],
+    ]
+    for theta, numbers in zip(thetas, expected):
+        torch.testing.assert_close(theta, torch.tensor(numbers), atol=1e-5, rtol=0)
+    last = [3.722034, 0.239742, 3.921283, 0.27262, 0.362761, 3.921283, 0.2875, 3.722034]
+    torch.testing.assert_close(factors[2], torch.tensor(last), atol=1e-5, rtol=0)
+
+
+def joint_game():
+    """One state, three agents of two actions, r = 4a + 2b + c - 3ab - 2bc + 1.5ac; all eight joint actions."""
+    u = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    a, b, c = u.unbind(-1)
+    return u, 4 * a + 2 * b + c - 3 * a * b - 2 * b * c + 1.5 * a * c
+
+
+def test_factors_telescope_to_the_teams_improvement():
+    """Old probabilities 1/2, new P(1) = 0.7, 0.4, 0.8, order 2, 0, 1: J goes from 2.625 to 3.76 by the sum of
+    E[(r_m - 1) M_m] = 0.225, 0.74, 0.17."""
+    u, reward = joint_game()
+    new = torch.tensor([0.7, 0.4, 0.8])
+    after = torch.where(u == 1, new, 1 - new).log()  # [8, 3]
+    before = torch.full_like(after, 0.5).log()
+    td = TensorDict({"g": {"factor": torch.ones(8, 3, 1)}}, [8])
+    gains = []
+    for agent in (2, 0, 1):
+        factor = td["g", "factor"][:, agent, 0]
+        ratio = (after - before)[:, agent].exp()
+        gains.append(((ratio - 1) * factor * reward / 8).sum().item())  # old joint probability 1/8
+        td["g", "log_prob_before"], td["g", "log_prob_after"] = (
+            before[:, agent : agent + 1],
+            after[:, agent : agent + 1],
+        )
+        td = HAPPOFactor("g")(td)
+    assert gains == pytest.approx([0.225, 0.74, 0.17], abs=1e-6) and sum(gains) == pytest.approx(
+        3.76 - 2.625, abs=1e-6
+    )
+    assert (td["g", "factor"][:, 0, 0] * reward / 8).sum().item() == pytest.approx(3.76, abs=1e-5)
+
+
+def test_advantage_decomposes_along_the_order():
+    """a = (1, 0, 1), order 2, 0, 1, old probabilities 1/2: 0.375 + 2 + 1.5 = 3.875 = A(a)."""
+    u, reward = joint_game()
+    chosen, fixed, parts = torch.tensor([1, 0, 1]), torch.ones(8, dtype=torch.bool), []
+    value = reward.mean()
+    for agent in (2, 0, 1):
+        fixed = fixed & (u[:, agent] == chosen[agent])
+        parts.append((reward[fixed].mean() - value).item())
+        value = reward[fixed].mean()
+    assert parts == pytest.approx([0.375, 2.0, 1.5]) and sum(parts) == pytest.approx(3.875)
+
+
+def factor_of(before, after, **options):
+    entries = {"factor": torch.full((4, 2, 1), 2.0), "log_prob_before": before, "log_prob_after": after}
+    return HAPPOFactor("g", **{k: v for k, v in options.items() if k != "mask"})(
+        TensorDict({"g": entries | ({"updated_mask": options["mask"]} if "mask" in options else {})}, [4])
+    )["g", "factor"]
+
+
+def test_factor_is_detached_stable_and_skips_the_dead():
+    before = torch.full((4, 1), -200.0)
+    after = (before + math.log(1.5)).requires_grad_()
+    out = factor_of(before, after)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, torch.full((4, 2, 1), 3.0), atol=1e-4, rtol=0)
+    mask = torch.tensor([[True], [False], [True], [False]])
+    spoiled = torch.where(mask, after.detach(), float("nan"))
+    assert factor_of(before, spoiled, mask=mask)[:, 0, 0].tolist() == pytest.approx(
+        [3.0, 2.0, 3.0, 2.0], abs=1e-4
+    )
+
+
+def test_factor_of_dimensions_is_a_product_or_a_mean():
+    before, after = torch.zeros(4, 1, 2), torch.tensor([2.0, 0.5]).log().expand(4, 1, 2)
+    assert factor_of(before, after).flatten().tolist() == pytest.approx([2.0] * 8)  # 2 * (2 * 0.5)
+    assert factor_of(before, after, aggregate="mean").flatten().tolist() == pytest.approx([2.5] * 8)
+    with pytest.raises(ValueError, match="per action dimension"):
+        factor_of(before.sum(-1), after.sum(-1), aggregate="mean")
+
+
+def test_a_positive_factor_may_stand_inside_or_outside_of_the_clip():
+    ratio, advantage, factor = torch.rand(1000) * 2, torch.randn(1000), torch.rand(1000) * 3
+    inside = torch.minimum(ratio * factor * advantage, ratio.clamp(0.8, 1.2) * factor * advantage)
+    outside = factor * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    torch.testing.assert_close(inside, outside)
+
+
+def parameters(algo):
+    return torch.cat([p.detach().flatten() for p in algo.policy.parameters()])
+
+
+def batch_of(env, algo, frames=40):
+    return tdmarl.Collector(env, algo.explore, frames_per_batch=frames, seed=0).rollout()
+
+
+def test_one_agent_is_ppo():
+    one = {"agents": (1, 4, 2)}
+    nets = {"hidden": (16,), "num_epochs": 3, "minibatch_size": None, "seed": 0}
+    env = ToyEnv(groups=one)
+    mine, ppo = happo(env, **nets), tdmarl.mappo(env, **nets, share_params=False)
+    ppo.policy.load_state_dict(mine.policy.state_dict())
+    critic = mine.learner.critic.step.parts[0].loss.critic
+    for theirs, own in zip(ppo.learner.prepare.critic.parameters(), critic.parameters()):
+        theirs.data.copy_(own)
+    batch = batch_of(env, mine)
+    mine.learner(batch), ppo.learner(batch)
+    torch.testing.assert_close(parameters(mine), parameters(ppo), atol=1e-6, rtol=1e-5)
+
+
+def test_a_factor_of_one_is_unshared_ppo_on_the_joint_advantage():
+    env = ToyEnv()
+    mine = happo(env, factor=False, order=(2, 0, 1), hidden=(16,), num_epochs=3, entropy_coeff=0.0)
+    group = tdmarl.stochastic_actor(
+        env, share_params=False, hidden=(16,), layer_norm=True, activation=nn.ReLU
+    )
+    group.load_state_dict(mine.policy.state_dict())
+    batch = batch_of(env, mine)
+    prepared = mine.learner.prepare(batch.copy())
+    mine.learner(batch)
+    loss = PolicyLoss(group, "agents", entropy_coeff=0.0)
+    params = list(group.parameters())
+    optim = torch.optim.Adam(params, 5e-4, eps=1e-5)
+    for _ in range(3):  # the whole batch each time; the mean over 3 agents has a third of each one's gradient
+        for p, grad in zip(
+            params, torch.autograd.grad(3 * loss(prepared.reshape(-1))["loss_objective"], params)
+        ):
+            p.grad = grad
+        optim.step()
+    torch.testing.assert_close(
+        parameters(mine), torch.cat([p.detach().flatten() for p in params]), atol=1e-6, rtol=1e-4
+    )
+
+
+def test_minibatches_do_not_change_what_the_factor_is_taken_over():
+    env = ToyEnv()
+    for size in (None, 8):
+        algo = happo(env, order=(0, 1, 2), minibatch_size=size, hidden=(16,), lr=0.01)
+        batch, seen = batch_of(env, algo), []
+        learner = algo.learner
+        transform = learner.factors["agents"]
+
+        def record(td, transform=transform, seen=seen):
+            out = transform(td)
+            seen.append((td["agents", "log_prob_after"].shape, out["agents", "factor"].clone()))
+            return out
+
+        learner.factors = {"agents": record}
+        learner(batch)
+        assert [shape for shape, _ in seen] == [(4, 10, 1)] * 3
+        new = torch.stack([a.log_prob(a.view(learner.prepare(batch.copy()))) for a in learner.agents], -1)
+        ratio = (new - batch["agents", "action_log_prob"]).sum(-1).exp()  # [4, 10], of all three
+        torch.testing.assert_close(seen[-1][1][..., 0, 0], ratio, atol=1e-5, rtol=1e-4)
+
+
+def test_the_order_is_new_in_each_iteration_fixed_on_request_and_resumed():
+    env = ToyEnv()
+    algo, other = (happo(env, seed=s, hidden=(8,), num_epochs=1) for s in (0, 3))
+    batch, orders = batch_of(env, algo), []
+    for _ in range(8):
+        algo.learner(batch)
+        orders.append(tuple(algo.learner.last_order))
+    assert len(set(orders)) > 2
+    other.learner.load_state_dict(algo.learner.state_dict())
+    for _ in range(3):
+        algo.learner(batch), other.learner(batch)
+        assert algo.learner.last_order == other.learner.last_order
+    assert torch.equal(parameters(algo), parameters(other))
+    with pytest.raises(ValueError, match="exactly once"):
+        happo(env, order=(0, 1))
+    assert not torch.equal(parameters(happo(env, order=(0, 1, 2))), torch.zeros(1))
+
+
+def test_agents_that_differ_in_sizes_and_kinds_learn():
+    env = ToyEnv(batch=(16,), groups={"a": (2, 3, 1), "b": (1, 5, 2)})
+    algo = happo(env, ("a", "b"), lr=3e-3, hidden=(32,))
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=160, seed=0)
+    before = tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"].mean()
+    for _ in range(25):
+        metrics = algo.learner(collector.rollout())
+    assert tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"].mean() > before / 3
+    assert {"loss_objective", "loss_critic", "grad_norm_actor", "grad_norm_critic"} <= set(metrics.keys())
+
+
+def test_sharing_trains_and_warns_what_is_lost():
+    env = ToyEnv()
+    with pytest.warns(UserWarning, match="no longer"):
+        algo = happo(env, share_params=True, hidden=(8,))
+    before = parameters(algo)
+    algo.learner(batch_of(env, algo))
+    assert not torch.equal(before, parameters(algo))
+
+
+@pytest.mark.parametrize("choices", [0, 3])
+def test_dead_agents_leave_no_trace(choices):
+    env = ToyEnv(choices=choices, mortal=True)
+    first, second = (happo(env, hidden=(8,), num_epochs=2) for _ in range(2))
+    batch = batch_of(env, first)
+    spoiled = batch.clone()
+    dead = ~batch["agents", "mask"]
+    spoiled["agents", "action_log_prob"][dead] = -50.0
+    first.learner(batch), second.learner(spoiled)
+    torch.testing.assert_close(parameters(first), parameters(second))
+
+
+class Agreement(ToyEnv):
+    """One step, one state; reward 1 where the first half of the agents does one thing and the other half the other."""
+
+    def _step(self, tensordict):
+        out = super()._step(tensordict)
+        action = tensordict["agents", "action"]
+        half = action.shape[-1] // 2
+        one, two = action[..., :half], action[..., half:]
+        right = ((one == 0).all(-1) & (two == 1).all(-1)) | ((one == 1).all(-1) & (two == 0).all(-1))
+        out["agents", "reward"] = right.float().reshape(-1, 1, 1).expand(*action.shape, 1).clone()
+        return out
+
+    def _show(self, out):
+        shown = super()._show(out)
+        shown["agents", "observation"] = torch.ones_like(shown["agents", "observation"])
+        shown["agents", "action_mask"][:] = True
+        return shown
+
+
+def expected_return(env, algo, n):
+    """Of the sampled policy, exactly: the probability of the two right joint actions."""
+    td = env.reset()
+    p = algo.policy.get_dist(td).parts[0].exp()[0]  # [n, 2]
+    half = n // 2
+    return (p[:half, 0].prod() * p[half:, 1].prod() + p[:half, 1].prod() * p[half:, 0].prod()).item()
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_shared_parameters_without_identity_stop_where_theory_says_and_happo_does_not(n):
+    """The best shared policy earns 2 / 2^n; agents of their own earn 1."""
+    env = Agreement(batch=(64,), groups={"agents": (n, 2, 1)}, choices=2, horizon=1)
+    results = {}
+    for name in ("happo", "mappo unshared", "shared", "shared with ids"):
+        best = 0.0
+        options = {"lr": 0.02, "hidden": (16,), "layer_norm": False, "entropy_coeff": 0.0, "num_epochs": 5}
+        for seed in range(2):
+            if name == "happo":
+                algo = happo(env, **options, seed=seed)
+            else:
+                shared = name.startswith("shared")
+                algo = tdmarl.mappo(
+                    env, **options, seed=seed, share_params=shared, agent_id=name.endswith("ids")
+                )
+            collector = tdmarl.Collector(env, algo.explore, frames_per_batch=256, seed=seed)
+            for _ in range(80):
+                algo.learner(collector.rollout())
+                best = max(best, expected_return(env, algo, n))
+                if best > 0.97:
+                    break
+            if best > 0.97:
+                break
+        results[name] = best
+    assert results["shared"] <= 2 / 2**n + 1e-6
+    assert min(results[name] for name in results if name != "shared") > 0.95, results
