@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
-from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
@@ -76,7 +76,7 @@ class ClippedNormal(_Box):
         scale (Tensor): ``[*B, n, a]``, positive.
         low (Tensor): ``[n, a]``.
         high (Tensor): ``[n, a]``. Where it equals ``low`` the dimension is padding: no part in log-probability or
-            entropy, and always 0.
+            entropy, and always ``low``.
     """
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # type: ignore[override]
@@ -335,6 +335,11 @@ def choices(spec: TensorSpec, key: Any = "action") -> tuple[tuple[int, ...], boo
         >>> choices(Categorical(5, shape=(3,))), choices(OneHot(4, shape=(3, 4)))
         (((5,), False), ((4,), True))
     """
+    if isinstance(spec, (MultiOneHot, Binary)):
+        raise ValueError(
+            f"{key} is {type(spec).__name__}{tuple(spec.shape)}, several choices as one vector: a discrete actor needs "
+            "them as indices, a MultiCategorical spec (tdmarl.VmasEnv(categorical_actions=True))."
+        )
     if isinstance(spec, MultiCategorical):
         nvec = spec.nvec.reshape(-1, spec.shape[-1])  # [n, choices]
         if not (nvec == nvec[0]).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections import OrderedDict
@@ -147,16 +148,24 @@ _live: weakref.WeakSet[Collector] = weakref.WeakSet()
 
 
 def is_held(env: EnvBase) -> bool:
-    """Whether a live collector is in the middle of an episode of this environment."""
-    return any(c.env is env and c._root is not None and not c.closed for c in _live)
+    """Whether a live collector has more to collect from episodes of this environment that are under way."""
+    return any(_base(c.env) is _base(env) and c._root is not None and not c.closed and not c.finished for c in _live)
+
+
+def _base(env: EnvBase) -> EnvBase:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env
 
 
 def env_state(env: EnvBase) -> dict[str, Any] | None:
     """All that an environment's future depends on, or None where it cannot say; transforms included."""
     if isinstance(env, TransformedEnv):
         base = env_state(env.base_env)
-        return None if base is None else {"base": base, "transform": dict(env.transform.state_dict())}
-    return dict(env.state_dict()) or None
+        return None if base is None else {"base": base, "transform": copy.deepcopy(env.transform.state_dict())}
+    if type(env).state_dict is EnvBase.state_dict:  # that of any module: parameters and buffers, not the world
+        return None
+    return dict(copy.deepcopy(env.state_dict())) or None
 
 
 def load_env_state(env: EnvBase, state: dict[str, Any]) -> None:
@@ -209,6 +218,11 @@ class Collector(BaseCollector):
                 f"frames_per_batch={frames_per_batch} is no multiple of the {n_envs} environments, which all step "
                 f"together: use {below} or {below + n_envs}."
             )
+        if "done" not in self.env.full_done_spec.keys():
+            raise ValueError(
+                f"{type(self.env).__name__} has no root 'done' in its done spec "
+                f"({sorted(map(str, self.env.full_done_spec.keys(True, True)))}): the root's says when to reset."
+            )
         self.policy = policy
         self.frames_per_batch = self.requested_frames_per_batch = frames_per_batch
         self.total_frames, self.init_random_frames = total_frames, init_random_frames
@@ -226,9 +240,14 @@ class Collector(BaseCollector):
         """Environment steps collected so far, resumed runs included."""
         return self._frames
 
+    @property
+    def finished(self) -> bool:
+        """Whether ``total_frames`` are collected."""
+        return 0 <= self.total_frames <= self._frames
+
     def iterator(self) -> Iterator[TensorDictBase]:
         """Batches until ``total_frames``; `for batch in collector` is the same."""
-        while self.total_frames < 0 or self._frames < self.total_frames:
+        while not self.finished:
             yield self.rollout()
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -259,6 +260,11 @@ class NormalizedCritic(TensorDictModuleBase):
         self.in_keys = list(critic.in_keys)
         written = [entry(group, "state_value_normalized") for group in self.groups]
         self.out_keys = list(critic.out_keys) + [key for key in written if key not in critic.out_keys]
+
+    @property
+    def moments(self) -> dict[Any, ValueNorm]:
+        """The moments by group."""
+        return dict(zip(self.groups, self.norms))  # type: ignore[arg-type]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         tensordict = self.critic(tensordict)

@@ -35,7 +35,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.data import TensorSpec
+from torchrl.data import Binary, Composite, TensorSpec
 from torchrl.envs import EnvBase
 
 Key = tuple[str, ...]
@@ -206,6 +206,19 @@ def per_agent(batch: TensorDictBase, group: str | None, name: str, like: Tensor)
             raise KeyError(f"The batch has neither ('next', {group!r}, {name!r}) nor ('next', {name!r}).")
         found = root.unsqueeze(-2)  # [*B, 1, 1]
     return found.expand(like.shape)
+
+
+def unbatched(spec: TensorSpec, batch_dims: int) -> TensorSpec:
+    """A spec without the environments' dimensions.
+
+    As ``EnvBase``'s ``*_spec_unbatched``, which cannot drop the dimensions of a ``Binary`` such as a mask's.
+    """
+    if isinstance(spec, Composite):
+        entries = {key: unbatched(entry, batch_dims) for key, entry in spec.items() if entry is not None}
+        return Composite(entries, shape=spec.shape[batch_dims:], device=spec.device)
+    if isinstance(spec, Binary):
+        return Binary(shape=spec.shape[batch_dims:], dtype=spec.dtype, device=spec.device)
+    return spec[(0,) * batch_dims] if batch_dims else spec
 
 
 def check_chain(available: Iterable[NestedKey], parts: Iterable[tuple[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, RandomSampler, TensorDictReplayBuffer
 
-from tdmarl import reduce
+from tdmarl import reduce, seeds
 from tdmarl.step import Annealing, Step
 
 
@@ -39,7 +39,8 @@ class BatchBuffer:
             minibatch then holds one block of rows per agent, in which ``(group, "mask")`` is True for that agent
             alone, so that every joint input is taken at that agent's rows. Empty: all agents share the rows.
         seed_axis (bool): the batch is ``[seeds, E, T]``; each seed draws its own rows.
-        generator (torch.Generator, optional): of the permutations; made on the data's device if None, from seed 0.
+        seed (int): of the permutations.
+        device (torch.device): where they are drawn; the data's, so that nothing is copied.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class BatchBuffer:
         device: torch.device | str = "cpu",
     ) -> None:
         for name, number in (
-            ("minibatch_size", minibatch_size or 1),
+            ("minibatch_size", 1 if minibatch_size is None else minibatch_size),
             ("num_epochs", num_epochs),
             ("sequence_length", sequence_length),
         ):
@@ -65,6 +66,8 @@ class BatchBuffer:
             num_epochs,
             sequence_length,
         )
+        if apart and seed_axis:
+            raise ValueError("Agents apart and a seed axis do not go together: train the seeds one by one.")
         self.apart, self.seed_axis = list(apart), seed_axis
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self._rows: TensorDictBase | None = None
@@ -202,6 +205,7 @@ class Learner:
         prepare (callable, optional): batch to batch, such as :class:`~tdmarl.prepare.Advantage`.
         annealing (Annealing, optional): advanced by the frames of each batch, after its updates.
         mode (str): see :meth:`Step.accelerate`.
+        seed (int): of what ``prepare`` draws, such as the next actions of a critic that reads them.
 
     Returns:
         calling it with a batch ``[*B, T]`` returns a tensordict of metrics, averaged over the steps, on the device.
@@ -216,6 +220,7 @@ class Learner:
         prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
         annealing: Annealing | None = None,
         mode: str = "auto",
+        seed: int = 0,
     ) -> None:
         if updates is None and not isinstance(buffer, BatchBuffer):
             raise ValueError(
@@ -229,12 +234,13 @@ class Learner:
             annealing,
         )
         self._take = step.accelerate(mode)
+        self.generator = torch.Generator(step.parts[0].params[0].device).manual_seed(seed)
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         frames = batch.numel() // (batch.shape[0] if self.step.seed_axis else 1)
         batch = batch.copy()  # entries are added; the caller's batch stays as it is
         if self.prepare is not None:
-            with torch.no_grad(), reduce.seed_axis(self.step.seed_axis):
+            with torch.no_grad(), reduce.seed_axis(self.step.seed_axis), seeds.routed(self.generator):
                 batch = self.prepare(batch)
         self._check(batch)
         rows = batch.select(*self.step.in_keys, *self.step.optional_keys, strict=False)
@@ -260,12 +266,14 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that learning changes: losses, optimizers, buffer, schedules, generators."""
         state = {"step": self.step.state_dict(), "buffer": self.buffer.state_dict()}  # type: ignore[attr-defined]
+        state |= {"generator": self.generator.get_state()}
         return state | ({"annealing": self.annealing.state_dict()} if self.annealing is not None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.step.load_state_dict(state["step"])
         self.buffer.load_state_dict(state["buffer"])  # type: ignore[attr-defined]
+        self.generator.set_state(state["generator"].cpu())
         if self.annealing is not None:
             self.annealing.load_state_dict(state["annealing"])
 
@@ -288,9 +296,11 @@ class AgentUpdate:
 
     def view(self, batch: TensorDictBase) -> TensorDictBase:
         """The agent alone: its entries ``[*B]`` under flat keys, its advantage times its factor."""
-        keys = [*self.step.in_keys, *self.step.optional_keys, *self.actor.in_keys, "factor"]
-        mine = batch.get(self.group).select(*keys, strict=False)[..., self.index]
-        return mine.set("advantage", mine.get("factor") * mine.get("advantage"))
+        keys = dict.fromkeys([*self.step.in_keys, *self.step.optional_keys, *self.actor.in_keys, "factor"])
+        group = {key: batch.get((self.group, key), None) for key in keys}  # each [*B, n, ...]
+        mine = {key: x.select(batch.ndim, self.index) for key, x in group.items() if x is not None}
+        mine["advantage"] = mine["factor"] * mine["advantage"]
+        return TensorDict(mine, batch_size=batch.batch_size)
 
     @torch.no_grad()
     def log_prob(self, view: TensorDictBase) -> Tensor:

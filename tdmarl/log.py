@@ -31,6 +31,8 @@ from torchrl.data import (
     Binary, Bounded, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec, Unbounded,
 )
 
+from tdmarl.keys import unbatched
+
 Value = float | int | None
 
 COLUMNS = (
@@ -363,7 +365,7 @@ def describe(
         "id": uuid.uuid4().hex[:8],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
-        "algorithm": {"name": algorithm, "arguments": {name: _plain(arguments[name]) for name in arguments}},
+        "algorithm": {"name": algorithm, "arguments": plain_arguments(arguments)},
         "options": stored_options(options),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -372,6 +374,15 @@ def describe(
         "commit": _commit(Path(sys.argv[0]).resolve().parent),
         "specs": describe_specs(env),
     }
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """An algorithm's keyword arguments as JSON; what it cannot hold as ``{"custom": <its type>}``.
+
+    Args:
+        arguments (mapping): the arguments.
+    """
+    return {name: _plain(value) for name, value in arguments.items()}
 
 
 def stored_options(options: Any) -> dict[str, Any]:
@@ -420,9 +431,10 @@ def describe_specs(env: Any) -> dict[str, Any]:
         env (EnvBase): the environment.
     """
     names = ("observation_spec", "full_action_spec", "full_reward_spec", "full_done_spec")
+    dims = len(env.batch_size)
     return {
         "group_map": {group: list(agents) for group, agents in env.group_map.items()},
-        **{name: describe_spec(getattr(env, f"{name}_unbatched")) for name in names},
+        **{name: describe_spec(unbatched(getattr(env, name), dims)) for name in names},
     }
 
 

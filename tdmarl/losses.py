@@ -1,7 +1,7 @@
 """Losses that TorchRL lacks, or has without masks, seeds and ranks: each a ``LossModule`` of one group.
 
-Both losses of the PPO family read the group's ``mask`` where the batch has one: what a dead or padded agent did, saw
-or received has no part in value or gradient.
+Both losses of the PPO family read the group's ``mask`` where the batch has one: what a dead or padded agent did or
+received has no part in value or gradient, nor what it saw, as long as the networks' outputs for it are finite.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class PolicyLoss(ClipPPOLoss):
         clip_epsilon: float = 0.2,
         entropy_coeff: float = 0.01,
     ) -> None:
+        if not 0 < clip_epsilon < 1:
+            raise ValueError(f"clip_epsilon={clip_epsilon} must be between 0 and 1.")
         super().__init__(
             actor,
             None,
@@ -72,6 +74,12 @@ class PolicyLoss(ClipPPOLoss):
         log_ratio, dist, *_ = self._log_weight(
             tensordict.copy(), adv_shape=advantage.shape[:-1]
         )  # [*B, n, 1]
+        if log_ratio.shape != advantage.shape:
+            raise ValueError(
+                f"{self.tensor_keys.sample_log_prob} gives ratios of shape {tuple(log_ratio.shape)}, but "
+                f"{self.tensor_keys.advantage} has {tuple(advantage.shape)}: the actor's log-probability must be one "
+                "number for each agent, summed over action dimensions."
+            )
         if mask is not None:  # before the exponential: a dead agent's entries may hold anything
             log_ratio = torch.where(mask.unsqueeze(-1), log_ratio, 0)
         ratio, clipped = log_ratio.exp(), log_ratio.clamp(*self._clip_bounds)

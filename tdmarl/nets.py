@@ -52,7 +52,7 @@ def alone(module: nn.Module, index: int, views: Views) -> nn.Module:
 
     Returns:
         nn.Module: ``[*B, 1, in] -> [*B, 1, out]``. It keeps the memory of the moment: moving ``module`` to another
-        device afterwards parts them.
+        device afterwards, or copying it, parts them.
 
     Example:
         >>> net, x = AgentMLP(3, 4, 2, share=False), torch.randn(5, 3, 4)
@@ -63,6 +63,11 @@ def alone(module: nn.Module, index: int, views: Views) -> nn.Module:
     for mine, whole in zip(part.modules(), module.modules()):
         rows = getattr(whole, "rows", None)
         if rows is None:
+            if any(True for _ in whole.parameters(recurse=False)):
+                raise ValueError(
+                    f"{type(whole).__name__} has parameters but no rows that say which agent's they are: build each "
+                    "agent's network itself, or use one of tdmarl.nets."
+                )
             continue
         for name, row in rows[index].items():
             stacked = getattr(whole, name)

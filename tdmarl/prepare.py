@@ -43,12 +43,10 @@ def generalized_advantage(
         tuple[Tensor, Tensor]: advantage and lambda-return, ``[*B, T, n, 1]``.
     """
     delta = reward + gamma * torch.where(terminated, 0, next_value) - value
-    keep = torch.where(done, 0.0, gamma * lmbda)
-    deltas, keeps = delta.unbind(time_dim), keep.unbind(time_dim)
-    running = torch.zeros_like(deltas[0])
+    running = torch.zeros_like(delta.select(time_dim, 0))
     advantages = []
-    for d, k in zip(reversed(deltas), reversed(keeps)):
-        running = torch.addcmul(d, k, running)
+    for d, over in zip(reversed(delta.unbind(time_dim)), reversed(done.unbind(time_dim))):
+        running = d + torch.where(over, 0, gamma * lmbda * running)  # what comes after an end may hold anything
         advantages.append(running)
     advantage = torch.stack(advantages[::-1], time_dim)
     return advantage, advantage + value
@@ -104,7 +102,11 @@ class Advantage(TensorDictModuleBase):
                 "The critic reads actions: Advantage needs actor= to know those after the last step."
             )
         states = [key for key in critic.in_keys if not self._is_action(key)]
-        self.recurrent = "is_init" in critic.in_keys
+        if "is_init" in critic.in_keys:
+            raise ValueError(
+                "The critic is recurrent (it reads 'is_init'): Advantage asks about single states. Give it a critic of "
+                "the present observation or state."
+            )
         self.in_keys = [*critic.in_keys, *(("next", *((k,) if isinstance(k, str) else k)) for k in states)]
         self.out_keys = [
             *critic.out_keys,
@@ -124,6 +126,8 @@ class Advantage(TensorDictModuleBase):
             reward, done, terminated = (
                 per_agent(tensordict, group, name, value) for name in ("reward", "done", "terminated")
             )
+            if group is not None:  # an episode that ended for all has ended for each
+                done = done | tensordict.get(("next", "done")).unsqueeze(-2)
             advantage, target = generalized_advantage(
                 reward, value, next_value, done, terminated, gamma=self.gamma, lmbda=self.lmbda,
                 time_dim=tensordict.ndim - 1,
@@ -144,9 +148,6 @@ class Advantage(TensorDictModuleBase):
             *(k for k in self.critic.in_keys if not self._is_action(k)), strict=False
         )
         values = [entry(g, "state_value") for g in self.groups]
-        if self.recurrent:  # a sequence cannot be cut where it ends
-            init = torch.zeros_like(done)
-            return self.critic(self._with_actions(following.set("is_init", init), batch)).select(*values)
         time = end.ndim - 1
         shifted = written.select(*values).apply(lambda v: v.roll(-1, time))
         if on_host(end.device) and not reduce.has_seed_axis():  # reading costs nothing, and few rows are ends
@@ -174,7 +175,8 @@ class TeamReward(TensorDictModuleBase):
 
     Args:
         groups (sequence of str): the team's groups.
-        how ("sum" or "mean"): over all agents of the team. Nothing is ever taken from one agent alone.
+        how ("sum" or "mean"): over the agents of the team that are alive, by ``(group, "mask")`` where it is there.
+            Nothing is ever taken from one agent alone.
     """
 
     def __init__(self, groups: Sequence[str], how: str) -> None:
@@ -186,9 +188,15 @@ class TeamReward(TensorDictModuleBase):
         self.out_keys = [("next", "reward")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        rewards = torch.cat([tensordict.get(key) for key in self.in_keys], -2)  # [*B, n, 1]
-        total = rewards.sum(-2)
-        return tensordict.set(("next", "reward"), total if self.how == "sum" else total / rewards.shape[-2])
+        rewards, alive = [], []
+        for group, key in zip(self.groups, self.in_keys):
+            reward = tensordict.get(key)  # [*B, n, 1]
+            mask = tensordict.get((group, "mask"), None)
+            mask = torch.ones_like(reward, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)
+            rewards.append(torch.where(mask, reward, 0))
+            alive.append(mask)
+        total, count = torch.cat(rewards, -2).sum(-2), torch.cat(alive, -2).sum(-2)
+        return tensordict.set(("next", "reward"), total if self.how == "sum" else total / count.clamp_min(1))
 
 
 class HAPPOFactor(TensorDictModuleBase):

@@ -191,10 +191,17 @@ class Run:
         if config["algorithm"]["name"] != self.algorithm:
             trained = config["algorithm"]["name"]
             raise ValueError(f"--resume {self.folder} holds a run of {trained}, not of {self.algorithm}")
+        before, now = config["device"].partition(":")[0], self.options.pick_device().type
+        if before != now:
+            raise ValueError(
+                f"--resume {self.folder} ran on {before}, whose random generators {now} cannot continue; "
+                f"resume it with --device {before}"
+            )
         self.checkpoints.read("last", self.options.pick_device())
         self.saved = self.state["iteration"]
         log.Table(self.folder / "metrics.csv").cut(self.saved)
         config["options"] = log.stored_options(self.options)
+        config["algorithm"]["arguments"] = log.plain_arguments(self.arguments)
         config["resumes"] = [*config.get("resumes", []), {"iteration": self.saved, "argv": sys.argv}]
         log.write_config(self.folder, config)
         return config

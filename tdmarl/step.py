@@ -18,6 +18,22 @@ from tdmarl import reduce
 MODES = ("auto", "eager", "compile", "cudagraph")
 
 
+def adam(params: Sequence[Tensor], lr: float, mode: str = "auto", eps: float = 1e-5) -> torch.optim.Optimizer:
+    """The Adam of all algorithms: fused, its learning rate a tensor that a schedule may change in place.
+
+    Args:
+        params (sequence of Tensor): what it trains.
+        lr (float): the learning rate.
+        mode (str): see :meth:`Step.accelerate`; a captured step needs it capturable.
+        eps (float): as the papers' code.
+    """
+    device = params[0].device
+    rate = torch.tensor(lr, device=device)
+    return torch.optim.Adam(
+        params, rate, eps=eps, fused=device.type != "meta", capturable=device.type == "cuda" and mode == "cudagraph"
+    )
+
+
 @dataclass(frozen=True)
 class Part:
     """A loss with the optimizer of the parameters it trains.
@@ -53,8 +69,8 @@ class Part:
 
     @property
     def params(self) -> list[Tensor]:
-        """All parameters that the optimizer holds."""
-        return [p for group in self.optim.param_groups for p in group["params"]]
+        """The parameters that the optimizer holds and that are not frozen."""
+        return [p for group in self.optim.param_groups for p in group["params"] if p.requires_grad]
 
 
 class Step:
@@ -243,5 +259,6 @@ class Annealing:
         return {"frames": self.frames}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores :meth:`state_dict`; the numbers are those of this schedule's own horizon."""
         self.frames = int(state["frames"])
+        self.advance(0)

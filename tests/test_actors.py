@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, MultiCategorical, OneHot
+from torchrl.data import Bounded, MultiCategorical, MultiOneHot, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from toys import ToyEnv
 
@@ -115,6 +115,8 @@ def test_choices_reads_every_discrete_spec():
     assert choices(MultiCategorical([[2, 3], [2, 3]], shape=(2, 2))) == ((2, 3), False)
     with pytest.raises(ValueError, match="different numbers of choices"):
         choices(MultiCategorical([[2, 3], [3, 2]], shape=(2, 2)))
+    with pytest.raises(ValueError, match="categorical_actions=True"):
+        choices(MultiOneHot([2, 3], shape=(2, 5)))
     with pytest.raises(ValueError, match="gaussian_actor"):
         choices(Bounded(-1, 1, (2, 2)))
 

@@ -5,7 +5,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import BaseCollector
 from torchrl.collectors import Collector as TorchRLCollector
-from torchrl.envs import EnvBase, RewardSum, TransformedEnv
+from torchrl.envs import EnvBase, RewardSum, TransformedEnv, VecNormV2
 from toys import ToyEnv
 
 from tdmarl.actors import gaussian_actor
@@ -119,7 +119,13 @@ def test_wrong_sizes_are_refused_with_the_right_ones():
 
 
 class Stateless(ToyEnv):
+    """Cannot say what its future depends on; a buffer of its own is no such thing."""
+
     state_dict = EnvBase.state_dict
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("unrelated", torch.zeros(1))
 
 
 def test_an_environment_without_state_starts_anew_and_says_so():
@@ -130,3 +136,32 @@ def test_an_environment_without_state_starts_anew_and_says_so():
     with pytest.warns(UserWarning, match="no explicit state"):
         other.load_state_dict(collector.state_dict())
     assert other.frames == 28 and other.rollout()["is_init"][:, 0].all()
+
+
+def test_an_environment_with_transforms_is_stepped_through_them_and_restored_with_them():
+    import tdmarl
+
+    def make(seed):
+        base = tdmarl.VmasEnv("navigation", num_envs=4, max_steps=6, seed=seed, n_agents=3)
+        total = RewardSum(in_keys=[("agents", "reward")], out_keys=[("agents", "total")], reset_keys=["_reset"])
+        return TransformedEnv(TransformedEnv(base, total), VecNormV2(in_keys=[("agents", "observation")], decay=0.9))
+
+    env, other = make(0), make(1)
+    actor = gaussian_actor(env)
+    collector = Collector(env, actor, frames_per_batch=40, seed=0)
+    batch = collector.rollout()
+    torch.testing.assert_close(batch["next", "agents", "episode_reward"], batch["next", "agents", "total"])
+    resumed = Collector(other, actor, frames_per_batch=40, seed=3)
+    resumed.rollout()
+    resumed.load_state_dict(collector.state_dict())
+    tdmarl.evaluate(env, actor, episodes=4)
+    one, two = collector.rollout(), resumed.rollout()
+    for key in one.keys(True, True):
+        torch.testing.assert_close(one[key], two[key], msg=str(key))
+
+
+def test_a_root_without_done_is_named():
+    env = ToyEnv(mortal=True)
+    del env.done_spec["done"]
+    with pytest.raises(ValueError, match="no root 'done'"):
+        Collector(env, gaussian_actor(env), frames_per_batch=8)

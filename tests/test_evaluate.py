@@ -5,6 +5,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from test_collect import Stateless
 from toys import ToyEnv
+from torchrl.envs import TransformedEnv
 
 from tdmarl.actors import gaussian_actor
 from tdmarl.collect import Collector, env_state
@@ -79,6 +80,10 @@ def test_refuses_what_it_could_not_put_back():
     collector.rollout()
     with pytest.raises(RuntimeError, match="of its own"):
         evaluate(env, actor, episodes=4)
+    with pytest.raises(RuntimeError, match="of its own"):
+        evaluate(TransformedEnv(env), actor, episodes=4)
+    collector.total_frames = 8  # nothing more to come
+    assert evaluate(env, actor, episodes=4).shape == (4,)
 
 
 def test_an_episode_without_end_is_an_error():

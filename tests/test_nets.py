@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdmarl.nets import AgentLinear, AgentMLP, parameter_sets
+from tdmarl.nets import AgentLinear, AgentMLP, alone, parameter_sets
 
 
 @pytest.mark.parametrize("share, sets", [(True, 1), (False, 3), ([[0, 2], [1]], 2)])
@@ -74,3 +74,24 @@ def test_traces_whole(share):
     net, x = AgentMLP(3, 4, 2, share=share, agent_id=share is True, layer_norm=True), torch.randn(5, 3, 4)
     traced = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(traced(x), net(x))
+
+
+@pytest.mark.parametrize("share", [True, False, [[0, 2], [1]]])
+def test_an_agent_alone_is_its_part_of_the_whole_on_the_same_memory(share):
+    net, x = AgentMLP(3, 4, 2, share=share, agent_id=share is True, layer_norm=True), torch.randn(5, 3, 4)
+    views = {}
+    parts = [alone(net, i, views) for i in range(3)]
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(part(x[:, i : i + 1]), net(x)[:, i : i + 1])
+    shared = {id(p) for p in parts[0].parameters()} & {id(p) for p in parts[2].parameters()}
+    assert bool(shared) == (share is not False)
+    before = net(x)
+    with torch.no_grad():
+        next(parts[1].parameters()).add_(1.0)
+    changed = (net(x) != before).flatten(2).any(-1).any(0).tolist()
+    assert changed == ([True] * 3 if share is True else [False, True, False])
+
+
+def test_a_module_that_does_not_say_whose_its_parameters_are_is_refused():
+    with pytest.raises(ValueError, match="PReLU"):
+        alone(AgentMLP(3, 4, 2, share=False, activation=nn.PReLU), 0, {})

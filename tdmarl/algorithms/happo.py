@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
@@ -36,7 +36,7 @@ from tdmarl.learners import AgentUpdate, BatchBuffer, Learner, SequentialLearner
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import Sharing, Views
 from tdmarl.prepare import HAPPOFactor, JointAdvantage
-from tdmarl.step import Annealing, Part, Step
+from tdmarl.step import Annealing, Part, Step, adam
 
 Actors = Mapping[str, Sequence[TensorDictModuleBase]]
 
@@ -115,24 +115,17 @@ def happo(
         critic = NormalizedCritic(critic, {None: norm})
     made: dict[tuple[int, ...], torch.optim.Optimizer] = {}
 
-    def adam(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    def make(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
         key = tuple(map(id, params))  # agents that share a network share its optimizer
         if key not in made:
-            device = params[0].device
-            made[key] = (
-                torch.optim.Adam(
-                    params, torch.tensor(rate, device=device), eps=1e-5, fused=device.type != "meta"
-                )
-                if optim is None
-                else optim(params)
-            )
+            made[key] = adam(params, rate, mode) if optim is None else optim(params)
         return made[key]
 
     updates, losses = [], []
     for name, index, alone in agents:
         loss = PolicyLoss(alone, None, clip_epsilon=clip_epsilon, entropy_coeff=entropy_coeff)
         losses.append(loss)
-        part = Part(loss, adam(list(alone.parameters()), lr), max_grad_norm, name="actor")
+        part = Part(loss, make(list(alone.parameters()), lr), max_grad_norm, name="actor")
         updates.append(AgentUpdate(name, index, alone, Step([part])))
     value_loss = ValueLoss(
         critic,
@@ -141,9 +134,8 @@ def happo(
         huber_delta=huber_delta,
         value_norm=norm,
     )
-    value_step = Step(
-        [Part(value_loss, adam(list(critic.parameters()), critic_lr or lr), max_grad_norm, name="critic")]
-    )
+    critic_optim = make(list(critic.parameters()), lr if critic_lr is None else critic_lr)
+    value_step = Step([Part(value_loss, critic_optim, max_grad_norm, name="critic")])
     sizes = [g.n_agents for g in members]
     prepare = JointAdvantage(
         critic,
@@ -210,8 +202,11 @@ class SideBySide(TensorDictModuleBase):
         self.out_keys = [(group, key) for key in modules[0].out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        mine = tensordict.get(self.group)
-        written = [module(mine[..., i]) for i, module in enumerate(self.agents)]
+        seen = {key: tensordict.get((group, key)) for group, key in self.in_keys}  # each [*B, n, ...]
+        written = []
+        for i, module in enumerate(self.agents):
+            mine = {key: x.select(tensordict.ndim, i) for key, x in seen.items()}
+            written.append(module(TensorDict(mine, batch_size=tensordict.batch_size)))
         for group, key in self.out_keys:
             stacked = torch.stack([td.get(key) for td in written], tensordict.ndim)
             tensordict.set((group, key), stacked)

@@ -32,7 +32,7 @@ from tdmarl.learners import BatchBuffer, Learner
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import Sharing
 from tdmarl.prepare import Advantage
-from tdmarl.step import Annealing, Part, Step
+from tdmarl.step import Annealing, Part, Step, adam
 
 Optim = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -99,7 +99,8 @@ def mappo(
         share_buffer (bool): False: each agent learns from its own draw of rows.
         hidden, activation, layer_norm: the networks'; see :class:`~tdmarl.nets.AgentMLP`.
         actor (module or mapping, optional): replaces the actor; for several groups a mapping from group to actor.
-        critic (module, optional): replaces the critic; writes ``(group, "state_value")`` for every group.
+        critic (module, optional): replaces the critic; writes ``(group, "state_value")`` for every group. A
+            :class:`~tdmarl.critics.NormalizedCritic` keeps its own moments.
         optim (callable, optional): parameters to optimizer, in place of Adam; then ``lr`` is its own affair.
         seed (int): of initialization and minibatches.
         mode (str): ``eager``, ``compile``, ``cudagraph`` or ``auto``; see :meth:`tdmarl.step.Step.accelerate`.
@@ -127,18 +128,16 @@ def mappo(
                 share_params=share_critic_params,
                 **nets,
             )
-    norms = {g.name: ValueNorm(device=g.device) for g in members} if value_norm else {}
-    if value_norm:
+    norms: dict[str, ValueNorm] = {}
+    if isinstance(critic, NormalizedCritic):
+        norms = critic.moments  # it brings its own
+    elif value_norm:
+        norms = {g.name: ValueNorm(device=g.device) for g in members}
         critic = NormalizedCritic(critic, norms)
     policy = actors[members.names[0]] if len(actors) == 1 else TensorDictSequential(*actors.values())
 
-    def adam(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
-        if optim is not None:
-            return optim(params)
-        device = params[0].device
-        return torch.optim.Adam(
-            params, torch.tensor(rate, device=device), eps=1e-5, fused=device.type != "meta"
-        )
+    def make(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
+        return adam(params, rate, mode) if optim is None else optim(params)
 
     parts, policy_losses = [], []
     for g in members:
@@ -147,9 +146,9 @@ def mappo(
         policy_losses.append(loss)
         stop = None if max_kl is None else ("kl_approx", max_kl)
         params = list(actors[g.name].parameters())
-        parts.append(Part(loss, adam(params, lr), max_grad_norm, stop_above=stop, name="actor", prefix=label))
+        parts.append(Part(loss, make(params, lr), max_grad_norm, stop_above=stop, name="actor", prefix=label))
     parts += _critic_parts(critic, list(members), norms, clip_epsilon if value_clip else None, huber_delta,
-                           lambda p: adam(p, critic_lr or lr), max_grad_norm)  # fmt: skip
+                           lambda p: make(p, lr if critic_lr is None else critic_lr), max_grad_norm)  # fmt: skip
     annealing = None
     if anneal_frames is not None:
         annealing = Annealing(
@@ -166,7 +165,8 @@ def mappo(
         minibatch_size, num_epochs, apart=() if share_buffer else [(g.name, g.n_agents) for g in members],
         seed=seeds.derive(seed, "learning"), device=members.groups[0].device,
     )  # fmt: skip
-    learner = Learner(step, buffer, prepare=prepare, annealing=annealing, mode=mode)
+    prepared_by = seeds.derive(seed, "prepare")
+    learner = Learner(step, buffer, prepare=prepare, annealing=annealing, mode=mode, seed=prepared_by)
     return Algorithm(policy=policy, explore=policy, learner=learner)
 
 

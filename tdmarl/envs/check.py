@@ -10,6 +10,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot
 from torchrl.envs import EnvBase
 
+from tdmarl.keys import unbatched
+
 _ENDS = "done", "terminated", "truncated"
 _ACTIONS = Bounded, Categorical, MultiCategorical, OneHot, MultiOneHot
 
@@ -55,13 +57,13 @@ def _check_specs(env: EnvBase) -> None:
         raise EnvError(
             f"env.group_map is {groups!r}; expected a dictionary from group names to lists of agent names."
         )
+    done = unbatched(env.full_done_spec, len(env.batch_size))
     for key in _ENDS:
-        _shape_of_spec(env.full_done_spec_unbatched, (key,), (1,), "add a boolean entry to the done spec")
+        _shape_of_spec(done, (key,), (1,), "add a boolean entry to the done spec")
     for group, agents in groups.items():
         n = len(agents)
-        observation = _spec(
-            env.full_observation_spec_unbatched, (group, "observation"), "add it to the observation spec"
-        )
+        observations = unbatched(env.full_observation_spec, len(env.batch_size))
+        observation = _spec(observations, (group, "observation"), "add it to the observation spec")
         if observation.shape[:1] != (n,):
             _fail((group, "observation"), observation.shape, (n, "..."), f"group '{group}' has {n} agents")
         action = _spec(env.full_action_spec_unbatched, (group, "action"), "add it to the action spec")
@@ -71,10 +73,9 @@ def _check_specs(env: EnvBase) -> None:
                 f" one of {', '.join(kind.__name__ for kind in _ACTIONS)} with shape ({n}, ...)."
             )
         _shape_of_spec(env.full_reward_spec_unbatched, (group, "reward"), (n, 1), "give each agent a reward")
-        for key in _ENDS:
-            _shape_of_spec(
-                env.full_done_spec_unbatched, (group, key), (n, 1), "repeat the root entry for each agent"
-            )
+        if group in done.keys():  # without entries of its own, a group's agents end with the root
+            for key in _ENDS:
+                _shape_of_spec(done, (group, key), (n, 1), "repeat the root entry for each agent")
 
 
 def _rollout(env: EnvBase, steps: int, seed: int) -> TensorDictBase:
@@ -99,8 +100,9 @@ def _check_entries(env: EnvBase, tensordict: TensorDictBase, where: str, with_re
     _check_ends(tensordict, (), batch, where)
     for group, agents in env.group_map.items():
         n = len(agents)
-        _check_ends(tensordict, (group,), (*batch, n), where)
-        for key, spec in env.full_observation_spec_unbatched[group].items(True, True):
+        if group in env.full_done_spec.keys():
+            _check_ends(tensordict, (group,), (*batch, n), where)
+        for key, spec in unbatched(env.full_observation_spec, len(batch))[group].items(True, True):
             name = (group, *(key if isinstance(key, tuple) else (key,)))
             value = _get(tensordict, name, where)
             _check_tensor(value, name, (*batch, *spec.shape), spec.dtype, where)
@@ -109,10 +111,12 @@ def _check_entries(env: EnvBase, tensordict: TensorDictBase, where: str, with_re
             _check_tensor(reward, (group, "reward"), (*batch, n, 1), torch.float32, where)
         mask = tensordict.get((group, "action_mask"), None)
         if mask is not None and not bool(mask.any(-1).all()):
-            raise EnvError(
-                f"{(group, 'action_mask')} {where} leaves an agent without any choice; expected at least one"
-                " True for each agent (also for dead ones)."
-            )
+            alive = tensordict.get((group, "mask"), torch.ones_like(mask[..., 0]))
+            if not bool((mask.any(-1) | ~alive).all()):
+                raise EnvError(
+                    f"{(group, 'action_mask')} {where} leaves an agent that is alive without any choice; expected at"
+                    " least one True."
+                )
         alive = tensordict.get((group, "mask"), None)
         if alive is not None:
             _check_tensor(alive, (group, "mask"), (*batch, n), torch.bool, where)

@@ -157,18 +157,6 @@ def test_factors_telescope_to_the_teams_improvement():
     assert (td["g", "factor"][:, 0, 0] * reward / 8).sum().item() == pytest.approx(3.76, abs=1e-5)
 
 
-def test_advantage_decomposes_along_the_order():
-    """a = (1, 0, 1), order 2, 0, 1, old probabilities 1/2: 0.375 + 2 + 1.5 = 3.875 = A(a)."""
-    u, reward = joint_game()
-    chosen, fixed, parts = torch.tensor([1, 0, 1]), torch.ones(8, dtype=torch.bool), []
-    value = reward.mean()
-    for agent in (2, 0, 1):
-        fixed = fixed & (u[:, agent] == chosen[agent])
-        parts.append((reward[fixed].mean() - value).item())
-        value = reward[fixed].mean()
-    assert parts == pytest.approx([0.375, 2.0, 1.5]) and sum(parts) == pytest.approx(3.875)
-
-
 def factor_of(before, after, **options):
     entries = {"factor": torch.full((4, 2, 1), 2.0), "log_prob_before": before, "log_prob_after": after}
     return HAPPOFactor("g", **{k: v for k, v in options.items() if k != "mask"})(
@@ -195,13 +183,6 @@ def test_factor_of_dimensions_is_a_product_or_a_mean():
     assert factor_of(before, after, aggregate="mean").flatten().tolist() == pytest.approx([2.5] * 8)
     with pytest.raises(ValueError, match="per action dimension"):
         factor_of(before.sum(-1), after.sum(-1), aggregate="mean")
-
-
-def test_a_positive_factor_may_stand_inside_or_outside_of_the_clip():
-    ratio, advantage, factor = torch.rand(1000) * 2, torch.randn(1000), torch.rand(1000) * 3
-    inside = torch.minimum(ratio * factor * advantage, ratio.clamp(0.8, 1.2) * factor * advantage)
-    outside = factor * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-    torch.testing.assert_close(inside, outside)
 
 
 def parameters(algo):
@@ -286,7 +267,10 @@ def test_the_order_is_new_in_each_iteration_fixed_on_request_and_resumed():
     assert torch.equal(parameters(algo), parameters(other))
     with pytest.raises(ValueError, match="exactly once"):
         happo(env, order=(0, 1))
-    assert not torch.equal(parameters(happo(env, order=(0, 1, 2))), torch.zeros(1))
+    fixed = happo(env, order=(1, 2, 0), hidden=(8,), num_epochs=1)
+    for _ in range(3):
+        fixed.learner(batch)
+        assert fixed.learner.last_order == [1, 2, 0]
 
 
 def test_agents_that_differ_in_sizes_and_kinds_learn():
@@ -309,6 +293,43 @@ def test_sharing_trains_and_warns_what_is_lost():
     assert not torch.equal(before, parameters(algo))
 
 
+class FlatGroups(ToyEnv):
+    """As `ToyEnv`, but a group's tensordict has the environments' dimensions only."""
+
+    def _show(self, out):
+        shown = super()._show(out)
+        for g in self.groups:
+            shown[g] = TensorDict(dict(shown[g].items()), self.batch_size)
+        return shown
+
+
+def test_agents_are_found_by_their_dimension_whatever_the_groups_batch_size():
+    """T equals n, so that a slice by position would be one of time."""
+    results = []
+    for kind in (ToyEnv, FlatGroups):
+        env = kind(batch=(3,))
+        algo = happo(env, hidden=(8,), num_epochs=1)
+        batch = batch_of(env, algo, 9)
+        batch["agents"].batch_size = batch.batch_size
+        algo.learner(batch)
+        results.append(parameters(algo))
+    torch.testing.assert_close(*results)
+
+
+def test_own_actors_act_side_by_side():
+    env = ToyEnv(choices=2, groups={"agents": (3, 4, 1)})
+    own = [tabular(torch.randn(4, 2)) for _ in range(3)]
+    algo = happo(env, actor={"agents": own})
+    seen = TensorDict({"agents": {"observation": torch.randn(3, 3, 4)}}, [3])  # E equals n
+    log_prob = algo.policy(seen.copy())["agents", "action_log_prob"]
+    assert log_prob.shape == (3, 3)
+    dist = own[1].get_dist(TensorDict({"observation": seen["agents", "observation"][:, 1]}, [3]))
+    acted = algo.policy(seen.copy())["agents"]
+    torch.testing.assert_close(dist.log_prob(acted["action"][:, 1]), acted["action_log_prob"][:, 1])
+    with pytest.raises(ValueError, match="needs 3"):
+        happo(env, actor={"agents": own[:2]})
+
+
 @pytest.mark.parametrize("choices", [0, 3])
 def test_dead_agents_leave_no_trace(choices):
     env = ToyEnv(choices=choices, mortal=True)
@@ -317,6 +338,7 @@ def test_dead_agents_leave_no_trace(choices):
     spoiled = batch.clone()
     dead = ~batch["agents", "mask"]
     spoiled["agents", "action_log_prob"][dead] = -50.0
+    spoiled["next", "agents", "reward"][dead] = 1e6
     first.learner(batch), second.learner(spoiled)
     torch.testing.assert_close(parameters(first), parameters(second))
 

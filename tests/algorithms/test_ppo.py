@@ -61,10 +61,10 @@ def test_one_seed_is_one_initialization():
     )
 
 
-@pytest.mark.parametrize("make, keys", [(mappo, 1), (ippo, 1)])
+@pytest.mark.parametrize("make", [mappo, ippo])
 @pytest.mark.parametrize("share, sets", [(True, 1), (False, 3), ([[0, 2], [1]], 2)])
 @pytest.mark.parametrize("share_buffer", [True, False])
-def test_sharing_switches(make, keys, share, sets, share_buffer):
+def test_sharing_switches(make, share, sets, share_buffer):
     env = ToyEnv()
     algo = make(
         env,
@@ -169,7 +169,7 @@ def test_own_parts_take_the_place_of_the_default_ones():
 def test_a_critic_without_its_entry_is_named_before_the_first_step():
     env = ToyEnv()
     other = tdmarl.state_critic(ToyEnv(state=True), scope="state")
-    with pytest.raises(KeyError, match="state"):
+    with pytest.raises(KeyError, match=r"Advantage reads \[\('state',\)"):
         mappo(env, critic=other)
 
 
@@ -204,15 +204,37 @@ def test_learner_resumes_to_the_last_bit():
         assert torch.equal(a, b)
 
 
-def test_runs_on_meta_without_a_host_read():
-    """A device mix or a host read in the update raises on ``meta``."""
+def test_a_whole_update_runs_on_meta_where_a_host_read_or_a_device_mix_raises():
     env = ToyEnv()
-    algo = mappo(env, num_epochs=1)
-    batch = algo.learner.prepare(
-        tdmarl.Collector(env, algo.explore, frames_per_batch=20).rollout().copy()
-    ).to("meta")
+    algo = mappo(env, num_epochs=1, optim=lambda params: torch.optim.Adam(params, 1e-3, foreach=True))
+    batch = algo.learner.prepare(tdmarl.Collector(env, algo.explore, frames_per_batch=20).rollout().copy())
     step = algo.learner.step
-    for p in step.parts:
-        p.loss.to("meta")
-        out = p.loss(batch)
-        assert all(v.device.type == "meta" for v in out.values())
+    parts = []
+    for part in step.parts:
+        loss = part.loss.to("meta")
+        optim = torch.optim.Adam(loss.parameters(), 1e-3, foreach=True)
+        parts.append(tdmarl.Part(loss, optim, 10.0, name=part.name))
+    metrics = tdmarl.Step(parts)(batch.reshape(-1).to("meta"))
+    assert metrics["loss_critic"].device.type == "meta"
+
+
+@pytest.mark.parametrize("options", [{"critic_lr": 0.0}, {"lr": 0.0}])
+def test_a_learning_rate_of_zero_is_zero(options):
+    env = ToyEnv()
+    algo = mappo(env, num_epochs=1, **options)
+    still = algo.learner.step.parts["lr" not in options].loss
+    before = [p.clone() for p in still.parameters()]
+    train(env, algo, frames=20)
+    assert all(torch.equal(a, b) for a, b in zip(before, still.parameters()))
+
+
+def test_the_next_episode_does_not_leak_into_the_last():
+    """The root is done and the environment reset, though agent 1's own flag is not set."""
+    env = ToyEnv(horizon=2, mortal=True)
+    algo = mappo(env, gamma=1.0, lmbda=1.0, normalize_advantage=None, value_norm=False)
+    batch = tdmarl.Collector(env, algo.explore, frames_per_batch=16, seed=0).rollout()  # [4, 4]
+    batch["next", "agents", "done"][:, 1, 1] = batch["next", "agents", "terminated"][:, 1, 1] = False
+    other = batch.clone()
+    other["next", "agents", "reward"][:, 2:, 1] += 100.0
+    first, second = (algo.learner.prepare(td)["agents", "advantage"][:, :2, 1] for td in (batch, other))
+    torch.testing.assert_close(first, second)
