@@ -81,6 +81,11 @@ def alone(module: nn.Module, index: int, views: Views) -> nn.Module:
     return part
 
 
+def _of_agents(parameter: Tensor, sets: list[int] | None) -> Tensor:
+    """One row for each agent from one for each set; None where rows are agents already, or there is only one."""
+    return parameter if sets is None else torch.stack([parameter[s] for s in sets])
+
+
 class AgentLinear(nn.Module):
     """A linear layer with one set of parameters for all agents, one each, or one for each part of them.
 
@@ -130,13 +135,7 @@ class AgentLinear(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if self.sets is not None:
-            weight, bias = (
-                torch.stack([weight[s] for s in self.sets]),
-                torch.stack([bias[s] for s in self.sets]),
-            )
+        weight, bias = _of_agents(self.weight, self.sets), _of_agents(self.bias, self.sets)
         if len(weight) == 1:
             y = F.linear(x, weight[0].T, bias[0])
         else:
@@ -159,13 +158,7 @@ class AgentNorm(nn.Module):
         self.rows = [{"weight": s, "bias": s} for s in sets]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if self.sets is not None:
-            weight, bias = (
-                torch.stack([weight[s] for s in self.sets]),
-                torch.stack([bias[s] for s in self.sets]),
-            )
+        weight, bias = _of_agents(self.weight, self.sets), _of_agents(self.bias, self.sets)
         if len(weight) == 1:
             return F.layer_norm(x, x.shape[-1:], weight[0], bias[0])
         return F.layer_norm(x, x.shape[-1:]) * weight + bias
