@@ -195,8 +195,8 @@ class Collector(BaseCollector):
 
     Example:
         >>> import tdmarl
-        >>> env = tdmarl.VmasEnv("balance", num_envs=2, max_steps=5, seed=0)  # doctest: +SKIP
-        >>> collector = tdmarl.Collector(env, tdmarl.mappo(env).explore, frames_per_batch=20)  # doctest: +SKIP
+        >>> env = tdmarl.VmasEnv("balance", num_envs=2, max_steps=5, seed=0)
+        >>> collector = tdmarl.Collector(env, tdmarl.mappo(env).explore, frames_per_batch=20)
     """
 
     def __init__(

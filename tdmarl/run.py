@@ -191,13 +191,7 @@ class Run:
         if config["algorithm"]["name"] != self.algorithm:
             trained = config["algorithm"]["name"]
             raise ValueError(f"--resume {self.folder} holds a run of {trained}, not of {self.algorithm}")
-        before, now = config["device"].partition(":")[0], self.options.pick_device().type
-        if before != now:
-            raise ValueError(
-                f"--resume {self.folder} ran on {before}, whose random generators {now} cannot continue; "
-                f"resume it with --device {before}"
-            )
-        self.checkpoints.read("last", self.options.pick_device())
+        self.checkpoints.read("last", _same_kind(config["device"], self.options.pick_device()))
         self.saved = self.state["iteration"]
         log.Table(self.folder / "metrics.csv").cut(self.saved)
         config["options"] = log.stored_options(self.options)
@@ -344,6 +338,14 @@ def _one_line() -> Iterator[None]:
         flags = [line.split()[0] for line in lines if line.startswith("--")]
         near = f"; nearest: {', '.join(flags)}" if "Perhaps you meant:" in lines else ""
         raise ValueError(f"{message}{near} (--help lists all options)") from None
+
+
+def _same_kind(before: str, now: torch.device) -> torch.device:
+    if torch.device(before).type != now.type:
+        raise ValueError(
+            f"the run to resume ran on {before}, whose random generators {now} cannot continue; --device {before}"
+        )
+    return now
 
 
 def _is_due(iteration: int, every: int) -> bool:

@@ -38,10 +38,6 @@ def load_policy(
 
     Raises:
         ValueError: if the folder holds no run or no such checkpoint, or the weights do not fit ``actor``.
-
-    Example:
-        >>> policy = load_policy("runs/mappo")  # doctest: +SKIP
-        >>> env.rollout(100, policy)  # doctest: +SKIP
     """
     config = log.read_config(run_dir)
     path = Path(run_dir, "checkpoints", f"{checkpoint}.torchrl")

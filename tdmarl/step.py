@@ -30,7 +30,11 @@ def adam(params: Sequence[Tensor], lr: float, mode: str = "auto", eps: float = 1
     device = params[0].device
     rate = torch.tensor(lr, device=device)
     return torch.optim.Adam(
-        params, rate, eps=eps, fused=device.type != "meta", capturable=device.type == "cuda" and mode == "cudagraph"
+        params,
+        rate,
+        eps=eps,
+        fused=device.type != "meta",
+        capturable=device.type == "cuda" and mode == "cudagraph",
     )
 
 
@@ -152,7 +156,7 @@ class Step:
         part: Part, forward: Callable[[TensorDictBase], TensorDictBase], batch: TensorDictBase
     ) -> dict[str, Tensor]:
         params = part.params
-        out = forward(batch)
+        out = forward(batch.copy())  # a module may return its inputs, too, or write into them
         losses = [value for key, value in out.items() if key.startswith("loss_")]
         if not losses:
             raise KeyError(
@@ -169,7 +173,8 @@ class Step:
             found.copy_(torch.maximum(found, (out.get(key) > limit).to(found.dtype)))
         part.optim.step()
         label = f"grad_norm_{part.name}" if part.name else "grad_norm"
-        found = {key: reduce.scalar(out.get(key).detach()) for key in out.keys()} | {label: norm.detach()}
+        written = [key for key in out.keys() if key not in batch.keys()]
+        found = {key: reduce.scalar(out.get(key).detach()) for key in written} | {label: norm.detach()}
         return {f"{part.prefix}_{key}": value for key, value in found.items()} if part.prefix else found
 
     def accelerate(self, mode: str) -> Callable[[TensorDictBase], TensorDictBase]:

@@ -41,10 +41,11 @@ class Env:
     """Specs, and nothing that steps."""
 
     group_map = {"agents": ["agent_0", "agent_1"]}
-    observation_spec_unbatched = Composite(agents=Composite(observation=Unbounded((2, 3)), shape=(2,)))
-    full_action_spec_unbatched = Composite(agents=Composite(action=Bounded(-1, 1, (2, 1)), shape=(2,)))
-    full_reward_spec_unbatched = Composite(agents=Composite(reward=Unbounded((2, 1)), shape=(2,)))
-    full_done_spec_unbatched = Composite(done=Unbounded((1,), dtype=torch.bool))
+    batch_size = ()
+    observation_spec = Composite(agents=Composite(observation=Unbounded((2, 3)), shape=(2,)))
+    full_action_spec = Composite(agents=Composite(action=Bounded(-1, 1, (2, 1)), shape=(2,)))
+    full_reward_spec = Composite(agents=Composite(reward=Unbounded((2, 1)), shape=(2,)))
+    full_done_spec = Composite(done=Unbounded((1,), dtype=torch.bool))
 
 
 class Collector:

@@ -110,8 +110,8 @@ def mappo(
 
     Example:
         >>> import tdmarl
-        >>> env = tdmarl.VmasEnv("navigation", num_envs=8, max_steps=10, seed=0)  # doctest: +SKIP
-        >>> algo = tdmarl.mappo(env)  # doctest: +SKIP
+        >>> env = tdmarl.VmasEnv("navigation", num_envs=8, max_steps=10, seed=0)
+        >>> algo = tdmarl.mappo(env)
     """
     members = team(env, group)
     if share_critic_params is None:

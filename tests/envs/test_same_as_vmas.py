@@ -19,19 +19,16 @@ from typing import Any, Iterator
 
 import pytest
 import torch
+import vmas
 from torch import Tensor
+from vmas.simulator import core
+from vmas.simulator.environment import Environment
+from vmas.simulator.utils import ScenarioUtils
 
-pytest.importorskip("vmas")
-
-import vmas  # noqa: E402
-from vmas.simulator import core  # noqa: E402
-from vmas.simulator.environment import Environment  # noqa: E402
-from vmas.simulator.utils import ScenarioUtils  # noqa: E402
-
-from tdmarl.envs import scenarios  # noqa: E402
-from tdmarl.envs.functional import collides, find_position  # noqa: E402
-from tdmarl.envs.slots import walk  # noqa: E402
-from tdmarl.envs.vmas import VmasEnv  # noqa: E402
+from tdmarl.envs import scenarios
+from tdmarl.envs.functional import collides, find_position
+from tdmarl.envs.slots import walk
+from tdmarl.envs.vmas import VmasEnv
 
 ENVS = 17
 SLOW = {

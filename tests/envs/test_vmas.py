@@ -11,24 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vmas
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot
+from torchrl.envs.utils import check_env_specs
+from vmas.scenarios.balance import Scenario as Balance
+from vmas.simulator.core import Agent, Landmark, World
+from vmas.simulator.scenario import BaseScenario
 
-vmas = pytest.importorskip("vmas")
-
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot  # noqa: E402
-from torchrl.envs.utils import check_env_specs  # noqa: E402
-from vmas.scenarios.balance import Scenario as Balance  # noqa: E402
-from vmas.simulator.core import Agent, Landmark, World  # noqa: E402
-from vmas.simulator.scenario import BaseScenario  # noqa: E402
-
-from tdmarl.envs.check import check_env  # noqa: E402
-from tdmarl.envs import functional  # noqa: E402
-from tdmarl.envs import vmas as vmas_module  # noqa: E402
-from tdmarl.envs.functional import find_position  # noqa: E402
-from tdmarl.envs.scenarios import UNSUPPORTED, replaced  # noqa: E402
-from tdmarl.envs.vmas import VmasEnv  # noqa: E402
+from tdmarl.envs import functional
+from tdmarl.envs import vmas as vmas_module
+from tdmarl.envs.check import check_env
+from tdmarl.envs.functional import find_position
+from tdmarl.envs.scenarios import UNSUPPORTED, replaced
+from tdmarl.envs.vmas import VmasEnv
 
 ALL = [n for n in vmas.scenarios + vmas.mpe_scenarios + vmas.debug_scenarios if n not in UNSUPPORTED]
 SLOW = {"pollock", "joint_passage", "waterfall", "passage"}
