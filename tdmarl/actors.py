@@ -53,7 +53,7 @@ class _Box(Distribution):
         return self.scale.log() + 0.5 * (1 + math.log(2 * math.pi))
 
     def _sum(self, x: Tensor) -> Tensor:
-        return torch.where(self.real, x, 0).sum(-1)
+        return x.masked_fill(~self.real, 0).sum(-1)
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -107,7 +107,7 @@ class TanhNormal(_Box):
     limit = 1 - 1e-6  # of tanh(x), in sample and log_prob alike, so that both see the same x
 
     def _half(self) -> Tensor:
-        return torch.where(self.real, (self.high - self.low) / 2, 1)
+        return ((self.high - self.low) / 2).masked_fill(~self.real, 1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # type: ignore[override]
         return self._squash(self._noise(sample_shape))
@@ -196,13 +196,12 @@ class MaskedCategorical(Distribution):
         if self.one_hot:
             value = value.argmax(-1)
         choices = value.unbind(-1) if len(self.nvec) > 1 else (value,)
-        return sum(
-            (p.gather(-1, c.unsqueeze(-1)).squeeze(-1) for p, c in zip(self.parts, choices)), torch.zeros(())
-        )
+        taken = [p.gather(-1, c.unsqueeze(-1)).squeeze(-1) for p, c in zip(self.parts, choices)]
+        return torch.stack(taken).sum(0)
 
     def entropy(self) -> Tensor:
         finite = [part.clamp_min(torch.finfo(part.dtype).min) for part in self.parts]
-        return -sum(((part.exp() * f).sum(-1) for part, f in zip(self.parts, finite)), torch.zeros(()))
+        return -torch.stack([(part.exp() * f).sum(-1) for part, f in zip(self.parts, finite)]).sum(0)
 
     @property
     def mode(self) -> Tensor:

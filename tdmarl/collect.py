@@ -87,14 +87,14 @@ class Stepper:
         for key, entry in self._sums.items():
             total = sums[key] + after.get(key)
             after.set(entry, total)
-            following.set(entry, torch.where(_like(done, total), 0, total))
+            following.set(entry, total.masked_fill(_like(done, total), 0))
         for key, value in carried.items():
             if value is None:
                 raise KeyError(
                     f"The policy declares the hidden state {key} but did not write {('next', *_tuple(key))}."
                 )
             after.set(key, value)
-            following.set(key, torch.where(_like(done, value), 0, value))
+            following.set(key, value.masked_fill(_like(done, value), 0))
         following.set("is_init", done)
         return step, following
 

@@ -72,7 +72,7 @@ def _round(stepper: Stepper, max_steps: int) -> TensorDict:
         after = step.get("next")
         length += running
         for name, reward in _rewards(env, after).items():
-            gained = torch.where(running.unsqueeze(-1), reward, 0)
+            gained = reward.masked_fill(~running.unsqueeze(-1), 0)
             totals[name] = totals[name] + gained if name in totals else gained  # [*E, n]
         running = running & ~after.get("done").squeeze(-1)
         if not running.any():  # one host read a step, outside of training

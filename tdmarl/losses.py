@@ -81,7 +81,7 @@ class PolicyLoss(ClipPPOLoss):
                 "number for each agent, summed over action dimensions."
             )
         if mask is not None:  # before the exponential: a dead agent's entries may hold anything
-            log_ratio = torch.where(mask.unsqueeze(-1), log_ratio, 0)
+            log_ratio = log_ratio.masked_fill(~mask.unsqueeze(-1), 0)
         ratio, clipped = log_ratio.exp(), log_ratio.clamp(*self._clip_bounds)
         gain = torch.minimum(ratio * advantage, clipped.exp() * advantage)
         entropy = reduce.mean(dist.entropy(), mask)

@@ -42,11 +42,11 @@ def generalized_advantage(
     Returns:
         tuple[Tensor, Tensor]: advantage and lambda-return, ``[*B, T, n, 1]``.
     """
-    delta = reward + gamma * torch.where(terminated, 0, next_value) - value
+    delta = reward + gamma * next_value.masked_fill(terminated, 0) - value
     running = torch.zeros_like(delta.select(time_dim, 0))
     advantages = []
     for d, over in zip(reversed(delta.unbind(time_dim)), reversed(done.unbind(time_dim))):
-        running = d + torch.where(over, 0, gamma * lmbda * running)  # what comes after an end may hold anything
+        running = d + (gamma * lmbda * running).masked_fill(over, 0)  # what comes after an end may hold anything
         advantages.append(running)
     advantage = torch.stack(advantages[::-1], time_dim)
     return advantage, advantage + value
@@ -193,7 +193,7 @@ class TeamReward(TensorDictModuleBase):
             reward = tensordict.get(key)  # [*B, n, 1]
             mask = tensordict.get((group, "mask"), None)
             mask = torch.ones_like(reward, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)
-            rewards.append(torch.where(mask, reward, 0))
+            rewards.append(reward.masked_fill(~mask, 0))
             alive.append(mask)
         total, count = torch.cat(rewards, -2).sum(-2), torch.cat(alive, -2).sum(-2)
         return tensordict.set(("next", "reward"), total if self.how == "sum" else total / count.clamp_min(1))
@@ -253,7 +253,7 @@ class HAPPOFactor(TensorDictModuleBase):
             )
         mask = tensordict.get((self.group, "updated_mask"), None)
         if mask is not None:
-            log_ratio = torch.where(mask, log_ratio, 0)
+            log_ratio = log_ratio.masked_fill(~mask, 0)
         ratio = log_ratio.sum(-1).exp().reshape(*tensordict.shape, 1, 1)
         for key in self.out_keys:
             tensordict.set(key, tensordict.get(key) * ratio)

@@ -55,7 +55,7 @@ def _sums(x: Tensor, mask: Tensor | None, per_agent: bool) -> tuple[Tensor, Tens
     while mask.ndim < x.ndim:
         mask = mask.unsqueeze(-1)
     mask = mask.expand(x.shape)
-    return torch.where(mask, x, 0).sum(dims), mask.sum(dims).to(x.dtype)
+    return x.masked_fill(~mask, 0).sum(dims), mask.sum(dims).to(x.dtype)
 
 
 def mean(x: Tensor, mask: Tensor | None = None, *, per_agent: bool = False) -> Tensor:
@@ -118,7 +118,7 @@ def standardize(
         return out
     while mask.ndim < x.ndim:
         mask = mask.unsqueeze(-1)
-    return torch.where(mask, out, 0)
+    return out.masked_fill(~mask, 0)
 
 
 def sum_gradients(params: Iterable[Tensor]) -> None:

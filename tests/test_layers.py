@@ -122,6 +122,15 @@ def test_only_step_goes_backward():
                 assert path.name == "step.py", f"{path} line {node.lineno} differentiates"
 
 
+@pytest.mark.parametrize("name", sorted(NO_ENVIRONMENTS - {"algorithms", "mixers"} | {"collect", "evaluate"}))
+def test_no_number_is_sent_to_the_device(name):
+    """`torch.where` with a Python number makes a tensor of it on the host and copies it; `masked_fill` does not."""
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "where":
+            numbers = [a for a in node.args if isinstance(a, ast.Constant)]
+            assert not numbers, f"{name}.py line {node.lineno}: use masked_fill"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
 def test_nobody_imports_recipes_and_recipes_stand_alone(path):
     for module in imports(path):
