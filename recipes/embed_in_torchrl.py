@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector as TorchRLCollector
@@ -111,15 +112,8 @@ def fed_by_torchrl(options: EmbedOptions) -> None:
     collector.shutdown()
 
 
-def main(options: EmbedOptions) -> None:
-    """Both ways."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    inside_a_trainer(options)
-    fed_by_torchrl(options)
-
-
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(EmbedOptions))
+    chosen = tyro.cli(EmbedOptions)
+    torch.manual_seed(chosen.seed)
+    inside_a_trainer(chosen)
+    fed_by_torchrl(chosen)

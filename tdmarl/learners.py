@@ -349,9 +349,7 @@ class SequentialLearner:
         self.order, self.annealing = order, annealing
         groups = dict.fromkeys(agent.group for agent in agents)
         self.factors = {} if factor is None else {group: factor(group) for group in groups}
-        self.generator = torch.Generator().manual_seed(
-            seed
-        )  # on the host: the order is one of Python's calls
+        self.generator = torch.Generator().manual_seed(seed)  # on the host: the order is one of Python's calls
         self._take = [agent.step.accelerate(mode) for agent in agents]
         self.last_order: list[int] = []
 

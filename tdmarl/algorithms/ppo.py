@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
@@ -235,8 +236,6 @@ class _Losses(TensorDictModuleBase):
         self.out_keys = [f"{k}_{g}" for g, loss in losses.items() for k in loss.out_keys]
 
     def forward(self, tensordict: Any) -> Any:
-        from tensordict import TensorDict
-
         return TensorDict(
             {f"{k}_{g}": v for g, loss in self.losses.items() for k, v in loss(tensordict).items()}
         )
