@@ -95,15 +95,47 @@ class Simulation:
     def advance(self, actions: list[Action]) -> Out:
         """One step with one action per policy agent, in the order of `agents`."""
         with self.running():
-            for agent, (force, message) in zip(self.agents, actions):
-                _set_action(agent, force, message)
-            for agent in self.world.agents:
-                self.scenario.env_process_action(agent)
-            self.scenario.pre_step()
+            self._act(actions)
             self.world.step()
-            self.scenario.post_step()
-            self.steps = self.steps + 1
-            return self._show(rewards=True)
+            return self._finish()
+
+    def begin(self, actions: list[Action]) -> None:
+        """A step's actions and its first substep; with `go_on` for each further one and `end` it is `advance`."""
+        with self.running():
+            self._act(actions)
+            self._substep(first=True)
+
+    def go_on(self) -> None:
+        """One more substep."""
+        with self.running():
+            self._substep(first=False)
+
+    def end(self) -> Out:
+        """What follows the substeps."""
+        with self.running():
+            return self._finish()
+
+    def _act(self, actions: list[Action]) -> None:
+        for agent, (force, message) in zip(self.agents, actions):
+            _set_action(agent, force, message)
+        for agent in self.world.agents:
+            self.scenario.env_process_action(agent)
+        self.scenario.pre_step()
+
+    def _substep(self, first: bool) -> None:
+        """The world's step with one of its substeps; drag acts in the first."""
+        world, integrate = self.world, self.world._integrate_state
+
+        def integrate_state(entity: Any, substep: int) -> None:
+            integrate(entity, 0 if first else 1)
+
+        with replaced((world, "_substeps", 1), (world, "_integrate_state", integrate_state)):
+            world.step()
+
+    def _finish(self) -> Out:
+        self.scenario.post_step()
+        self.steps = self.steps + 1
+        return self._show(rewards=True)
 
     def restart(self) -> Out:
         """Resets all environments."""
@@ -158,6 +190,11 @@ class FunctionalVmas:
         seed (int): starts the streams.
         grad_enabled (bool): keeps the graph from actions to rewards.
         scenario_kwargs (dict): the scenario's own arguments.
+        plain (bool): makes no inference tensors, which cannot be traced.
+
+    Attributes:
+        held (dict or None): a part of the state that lives here, in tensors of its own, and no longer in VMAS's
+            objects, because compiled functions advance it. `into_objects` puts it there.
     """
 
     def __init__(
@@ -168,13 +205,15 @@ class FunctionalVmas:
         seed: int,
         grad_enabled: bool = False,
         scenario_kwargs: dict[str, Any] | None = None,
+        plain: bool = False,
     ) -> None:
         kwargs = scenario_kwargs or {}
+        self.held: dict[str, Tensor] | None = None
         self.streams = Streams(device, seed)
         self.spares: Spares | None = None
         with self.streams:
             twin = Simulation(make_scenario(scenario), _TWIN_ENVS, device, dict(kwargs))
-            mode = torch.enable_grad if grad_enabled else torch.inference_mode
+            mode = torch.enable_grad if grad_enabled else torch.no_grad if plain else torch.inference_mode
             self.simulation = Simulation(make_scenario(scenario), num_envs, device, dict(kwargs), mode)
         self.streams.seed(0)  # what the warm-up leaves behind must not depend on the seed
         with self.streams:
@@ -210,8 +249,11 @@ class FunctionalVmas:
 
     def advance(self, actions: list[Action]) -> Out:
         """One step from the present state."""
+        self.into_objects()
         with self.streams:
-            return self.simulation.advance(actions)
+            out = self.simulation.advance(actions)
+        self.from_objects()
+        return out
 
     def restart(self, mask: Tensor | None = None) -> Out:
         """Resets the environments where `mask` [E] is True, all without one.
@@ -226,8 +268,11 @@ class FunctionalVmas:
                 self._write({name: value.clone() for name, value in self._first.items()})
                 self.slots.write_numbers(self._first_numbers)
                 self._start_over = False
+            self.into_objects()
             with self.streams:
-                return self.simulation.restart()
+                out = self.simulation.restart()
+            self.from_objects()
+            return out
         new, out = self._draw()
         self._merge(mask, new)
         return out
@@ -250,8 +295,10 @@ class FunctionalVmas:
         """What a reset of all environments would write and show; the state stays as it is."""
         names = self.slots.reset_names | {"steps"}
         old = {name: value.clone() for name, value in self._read().items()}
+        self.into_objects()
         with self.streams:
             out = self.simulation.restart()
+        self.from_objects()
         new = {name: value for name, value in self._read().items() if name in names}
         self._write(old)
         return new, out
@@ -322,11 +369,24 @@ class FunctionalVmas:
         self.spares = _nested(parts["spare"], self.simulation.device) if parts["spare"] else None
 
     def _read(self) -> dict[str, Tensor]:
-        return {"steps": self.simulation.steps, **self.slots.read()}
+        return {"steps": self.simulation.steps, **self.slots.read(), **(self.held or {})}
 
     def _write(self, state: dict[str, Tensor]) -> None:
         self.simulation.steps = state["steps"]
         self.slots.write(state)
+        if self.held is not None:
+            self.held = {name: state[name] for name in self.held}
+
+    def into_objects(self) -> None:
+        """Puts what is `held` where VMAS's objects keep it."""
+        if self.held is not None:
+            self._write(self._read())
+
+    def from_objects(self) -> None:
+        """Takes from VMAS's objects what is `held`."""
+        if self.held is not None:
+            present = {"steps": self.simulation.steps, **self.slots.read()}
+            self.held = {name: present[name] for name in self.held}
 
 
 def _make_world(scenario: Any, envs: int, device: torch.device, kwargs: dict[str, Any]) -> Any:

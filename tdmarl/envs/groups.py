@@ -120,6 +120,13 @@ class Group:
             KeyError: there is no action for this group.
             ValueError: it has a wrong shape or, if `check`, an entry that is NaN or no valid choice.
         """
+        action = self.action(tensordict)
+        if check:
+            self.refuse_unless(~self.actions.invalid(action).any())
+        return self.actions.decode(action)
+
+    def action(self, tensordict: TensorDictBase) -> Tensor:
+        """The group's entry, its shape checked."""
         key, spec = (self.name, "action"), self.actions.spec
         expected = (self._envs, *spec.shape)
         action = tensordict.get(key, None)
@@ -127,15 +134,15 @@ class Group:
             raise KeyError(f"no {key} in the tensordict; expected an action of shape {expected}.")
         if action.shape != expected:
             raise ValueError(f"{key} has shape {tuple(action.shape)}, expected {expected}.")
-        if check:
-            invalid = self.actions.invalid(action).any()
-            if action.device.type == "cuda":
-                torch._assert_async(~invalid, f"{key} holds NaN or a choice that its agent does not have.")
-            elif invalid:
-                raise ValueError(
-                    f"{key} holds NaN or a choice that its agent does not have; expected {spec}."
-                )
-        return self.actions.decode(action)
+        return action
+
+    def refuse_unless(self, valid: Tensor) -> None:
+        """Raises ValueError unless `valid` []; on a GPU asynchronously, and nowhere by a read of ours."""
+        message = f"{(self.name, 'action')} holds NaN or a choice that its agent does not have"
+        try:
+            torch._assert_async(valid, message)
+        except RuntimeError:
+            raise ValueError(f"{message}; expected {self.actions.spec}.") from None
 
     def specs(self, out: Out) -> tuple[Composite, Composite, Composite, Composite]:
         """Specs of action, observation, reward and done, without the environments' dimension."""
@@ -165,6 +172,47 @@ class Group:
         if any(row.shape[-1] != width for row in rows):
             rows = [torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in rows]
         return torch.stack(rows, 1)  # [E, n, o]
+
+
+class Display:
+    """What an environment shows, as nested entries: the groups' own, and the ends at the root and per group.
+
+    Args:
+        groups (list of Group): all of them.
+        max_steps (int, optional): time limit of an episode.
+        time_limit (str): "truncate" or "terminate".
+    """
+
+    def __init__(self, groups: list[Group], max_steps: int | None, time_limit: str) -> None:
+        self.groups, self._max_steps, self._time_limit = groups, max_steps, time_limit
+
+    def __call__(self, out: Out, steps: Tensor) -> dict[str, Any]:
+        """Entries after a step or a reset, without rewards; `steps` [E] are those of the episodes."""
+        terminated = out.terminated.reshape(-1, 1).clone()  # [E, 1], not an inference tensor
+        if self._max_steps is None:
+            truncated = torch.zeros_like(terminated)
+        else:
+            truncated = steps.unsqueeze(-1) >= self._max_steps
+        if self._time_limit == "terminate":
+            terminated = terminated | truncated
+        shown: dict[str, Any] = {group.name: group.show(out) for group in self.groups}
+        return shown | {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
+
+    def rewards(self, out: Out) -> dict[str, Any]:
+        """The groups' rewards, nested as the entries are."""
+        return {group.name: {"reward": group.reward(out)} for group in self.groups}
+
+    def with_ends(self, shown: dict[str, Any]) -> dict[str, Any]:
+        """The same entries, and each end for each agent as well."""
+        found = dict(shown)
+        for group in self.groups:
+            n = len(group.indices)
+            ends = {key: shown[key].unsqueeze(1).repeat(1, n, 1) for key in ENDS}  # [E, n, 1]
+            found[group.name] = shown[group.name] | ends
+        return found
+
+
+ENDS = "done", "terminated", "truncated"
 
 
 def _rows(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from typing import Any
 
 import torch
@@ -12,8 +13,38 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
 from tdmarl.envs.actions import ActionOptions
+from tdmarl.envs.compiled import CompiledVmas
 from tdmarl.envs.functional import FunctionalVmas, Merge, Out
-from tdmarl.envs.groups import make_groups, make_specs
+from tdmarl.envs.groups import Display, make_groups, make_specs
+from tdmarl.envs.tracing import Untraceable
+
+
+_MOST_BUILDS = 3
+_PAYS_AFTER = 2_500  # steps
+
+
+def choose_mode(mode: str, device: torch.device, expected_steps: int | None, grad_enabled: bool) -> str:
+    """The mode that "auto" stands for, others as they are.
+
+    Compiling takes about 15 ms per operation and saves most of the 8 us that eager PyTorch needs for one, so it
+    pays after about 2,500 steps, whatever the scenario; sooner with many environments.
+
+    Raises:
+        ValueError: the mode is unknown, or not possible on the device or with gradients.
+    """
+    if mode not in ("eager", "compile", "cudagraph", "auto", "trace"):
+        raise ValueError(f"mode is {mode!r}; expected 'eager', 'compile', 'cudagraph' or 'auto'.")
+    if mode == "cudagraph" and device.type != "cuda":
+        raise ValueError(f"mode='cudagraph' needs a CUDA device; this environment is on {device}.")
+    if grad_enabled:
+        if mode in ("compile", "cudagraph"):
+            raise ValueError(f"grad_enabled=True runs eagerly; mode={mode!r} keeps no graph for gradients.")
+        return "eager"
+    if mode != "auto":
+        return mode
+    if expected_steps is None or expected_steps < _PAYS_AFTER:
+        return "eager"
+    return "cudagraph" if device.type == "cuda" else "compile"
 
 
 class _Saved(EnvBase):
@@ -21,17 +52,27 @@ class _Saved(EnvBase):
 
     core: FunctionalVmas
     _last: TensorDict
+    _compiled: CompiledVmas | None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All that this environment's future depends on, as tensors: world, step counters, random streams."""
+        self._say_if_short()
         last = {f"last:{'/'.join(key)}": value.detach().clone() for key, value in self._leaves().items()}
-        return {**self.core.state_dict(), **last}
+        spares = {} if self._compiled is None else self._compiled.state_dict()
+        return {**self.core.state_dict(), **last, **spares}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Continues to the last bit where `state_dict` was taken, also in another process."""
-        self.core.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("last:")})
+        compiled = self._runner() if "drawn:0" in state_dict else self._compiled
+        others = ("last:", "drawn:") if compiled is None else ("last:", "drawn:", "spare:")
+        self.core.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith(others)})
+        if compiled is not None:
+            compiled.load_state_dict(state_dict)
         for key in self._leaves():
             self._last.set(key, state_dict[f"last:{'/'.join(key)}"].to(self.device, copy=True))
+
+    def _runner(self) -> CompiledVmas | None:
+        raise NotImplementedError
 
     def _leaves(self) -> dict[tuple[str, ...], Tensor]:
         leaves = self._last.items(include_nested=True, leaves_only=True)
@@ -106,6 +147,8 @@ class VmasEnv(_Saved):
         device: torch.device | str | int | None = None,
         time_limit: str = "truncate",
         pad: bool = False,
+        mode: str = "eager",
+        expected_steps: int | None = None,
         spare_resets: bool = True,
         check_nan: bool = True,
         multidiscrete_actions: bool = False,
@@ -117,20 +160,25 @@ class VmasEnv(_Saved):
         if multidiscrete_actions and continuous_actions:
             raise ValueError("multidiscrete_actions=True needs continuous_actions=False.")
         device = torch.get_default_device() if device is None else torch.device(device)
+        self.mode = choose_mode(mode, device, expected_steps, grad_enabled)
         super().__init__(device=device, batch_size=[num_envs], allow_done_after_reset=True)
         seed = secrets.randbits(31) if seed is None else seed
-        self.core = FunctionalVmas(scenario, num_envs, device, seed, grad_enabled, scenario_kwargs)
+        plain = self.mode != "eager"
+        self.core = FunctionalVmas(scenario, num_envs, device, seed, grad_enabled, scenario_kwargs, plain)
         self.num_envs, self.max_steps, self.time_limit = num_envs, max_steps, time_limit
         self.continuous_actions, self.categorical_actions = continuous_actions, categorical_actions
         self.check_nan = check_nan
-        self.spare_resets = spare_resets and device.type == "cpu" and not grad_enabled
+        self.spare_resets = spare_resets and not grad_enabled
         self._viewer: Any = None
+        self._compiled: CompiledVmas | None = None
+        self._touched, self._builds = False, 0
         self.agents = self.core.simulation.agents
         self.n_agents, self.agent_names = len(self.agents), [agent.name for agent in self.agents]
         out = self.core.restart()
         options = ActionOptions(continuous_actions, multidiscrete_actions, one_hot=not categorical_actions)
         self.groups = make_groups(self.agents, self.core.simulation.world, out, group_map, pad, options)
         self.group_map = {group.name: [self.agent_names[i] for i in group.indices] for group in self.groups}
+        self._display = Display(self.groups, max_steps, time_limit)
         action, observation, reward, done = make_specs(self.groups, out, device)
         self.full_action_spec_unbatched, self.full_observation_spec_unbatched = action, observation
         self.full_reward_spec_unbatched, self.full_done_spec_unbatched = reward, done
@@ -139,33 +187,89 @@ class VmasEnv(_Saved):
 
     @property
     def scenario(self) -> Any:
-        """The VMAS scenario object that runs."""
+        """The VMAS scenario object that runs, in its present state.
+
+        In a compiled mode its Python is frozen in graphs: what is changed here holds from the next step on, and
+        where that changes a frozen value, the graphs are made anew, which takes as long as the first time.
+        """
+        self.core.into_objects()
+        self._touched = True
         return self.core.simulation.scenario
+
+    def compile(self, *args: Any, **kwargs: Any) -> VmasEnv:
+        """Compiles now instead of at the first step, where the mode is a compiled one; returns this environment."""
+        if self.mode != "eager" and self._compiled is None:
+            self._builds += 1
+            if self._builds > _MOST_BUILDS:
+                self._fall_back(f"its Python values changed {_MOST_BUILDS} times")
+                return self
+            try:
+                self._compiled = CompiledVmas(
+                    self.core, self._display, self.mode, self.check_nan, self.spare_resets, self.max_steps
+                )
+            except Exception as error:  # whatever tracing and compiling come upon; eager always works
+                self._fall_back(str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}")
+        return self
+
+    def _fall_back(self, reason: str) -> None:
+        self.mode, self.fallback_reason = "eager", reason
+        name = type(self.core.simulation.scenario).__module__.rpartition(".")[2]
+        warnings.warn(f"VMAS scenario '{name}' runs eagerly, not compiled: {reason}.", stacklevel=3)
+        self.core.into_objects()
+        self.core.held = None
+
+    def _runner(self) -> CompiledVmas | None:
+        """What runs in place of the eager code, up to date with the scenario's Python."""
+        if self._touched and self._compiled is not None:
+            self.core.from_objects()
+            if self._compiled.is_stale():
+                self._compiled = None
+        self._touched = False
+        return self.compile()._compiled
 
     def _set_seed(self, seed: int | None) -> None:
         self.core.seed(secrets.randbits(31) if seed is None else seed)
+        if self._compiled is not None:
+            self._compiled.forget_spares()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions: list[Any] = [None] * self.n_agents
-        for group in self.groups:
-            for i, action in zip(group.indices, group.act(tensordict, self.check_nan)):
-                actions[i] = action
-        out = self.core.advance(actions)
-        self._last = self._tensordict(out)
+        compiled = self._runner()
+        if compiled is None:
+            actions: list[Any] = [None] * self.n_agents
+            for group in self.groups:
+                for i, action in zip(group.indices, group.act(tensordict, self.check_nan)):
+                    actions[i] = action
+            out = self.core.advance(actions)
+            entries = self._display.with_ends(self._display(out, self.core.simulation.steps))
+            rewards = self._display.rewards(out)
+        else:
+            entries, rewards = compiled.step([group.action(tensordict) for group in self.groups])
+        self._last = self._tensordict(entries)
         shown = self._last.copy()
         for group in self.groups:
-            shown.get(group.name).set("reward", group.reward(out))
+            shown.get(group.name).set("reward", rewards[group.name]["reward"])
         return shown
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
         """Resets all environments, or those of the root `_reset` [E, 1]; others show what they did."""
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is None:
-            self._last = self._tensordict(self.core.restart())
-        else:
-            mask = mask.reshape(self.num_envs)
-            reset = self.core.restart_from_spares if self.spare_resets else self.core.restart
-            self._last = self._tensordict(reset(mask), mask)
+            self._say_if_short()
+            out = self.core.restart()
+            if self._compiled is not None:
+                self._compiled.forget_spares()
+            shown = self._display(out, torch.zeros_like(self.core.simulation.steps))
+            self._last = self._tensordict(self._display.with_ends(shown))
+            return self._last.copy()
+        mask = mask.reshape(self.num_envs)
+        compiled = self._runner()
+        if compiled is not None:
+            self._last = self._tensordict(compiled.reset(mask, self._last))
+            return self._last.copy()
+        spares = self.spare_resets and mask.device.type == "cpu"
+        out = (self.core.restart_from_spares if spares else self.core.restart)(mask)
+        shown = self._display(out, self.core.simulation.steps)
+        self._last = self._tensordict(self._display.with_ends(_merged(Merge(mask), shown, self._last)))
         return self._last.copy()
 
     def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
@@ -180,8 +284,8 @@ class VmasEnv(_Saved):
         """What the policy sees after a step: the `next` entries of that step, with finished environments
         reset.
 
-        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. On the CPU nothing is done
-        when no environment ended; other devices are not asked.
+        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. The eager mode does nothing on the
+        CPU when no environment ended; otherwise nothing is asked.
 
         Args:
             next_tensordict (TensorDict): `tensordict["next"]` of the step made last.
@@ -190,35 +294,29 @@ class VmasEnv(_Saved):
             A new tensordict [E] with the observation entries and done, terminated, truncated; no reward.
         """
         done = next_tensordict.get("done")
-        if done.device.type == "cpu" and not done.any():
+        if self.mode == "eager" and done.device.type == "cpu" and not done.any():
             return self._last.copy()
         return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
 
-    def _tensordict(self, out: Out, mask: Tensor | None = None) -> TensorDict:
-        """Observations and ends after a step or a reset; outside `mask` [E] those that were shown last."""
-        terminated = out.terminated.reshape(self.num_envs, 1).clone()  # not an inference tensor
-        if self.max_steps is None:
-            truncated = torch.zeros_like(terminated)
-        else:
-            truncated = self.core.simulation.steps.unsqueeze(-1) >= self.max_steps
-        if self.time_limit == "terminate":
-            terminated = terminated | truncated
-        ends = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
-        entries: dict[str, Any] = dict(ends)
+    def _say_if_short(self) -> None:
+        if self._compiled is not None and self._compiled.ran_short:
+            warnings.warn(
+                "episodes were so short that some environments began twice from one initial state;"
+                " spare_resets=False draws anew at every end.",
+                stacklevel=4,
+            )
+
+    def _tensordict(self, entries: dict[str, Any]) -> TensorDict:
         for group in self.groups:
-            entries[group.name] = group.show(out)
-        if mask is not None:
-            entries = _merged(Merge(mask), entries, self._last)
-        for group in self.groups:
-            own, n = entries[group.name], len(group.indices)
-            own.update({key: entries[key].unsqueeze(1).repeat(1, n, 1) for key in ends})  # [E, n, 1]
-            entries[group.name] = _tensordict(own, torch.Size([self.num_envs, n]), self.device)
+            size = torch.Size([self.num_envs, len(group.indices)])
+            entries[group.name] = _tensordict(entries[group.name], size, self.device)
         return _tensordict(entries, self.batch_size, self.device)
 
     def render(self, env_index: int = 0, **kwargs: Any) -> Any:
         """One environment's picture from VMAS's viewer, uint8 `[height, width, 3]`."""
         if self._viewer is None:
             self._viewer = make_viewer(self.core.simulation, self.continuous_actions)
+        self.core.into_objects()
         return self._viewer.render(mode="rgb_array", env_index=env_index, **kwargs)
 
     def to(self, device: Any) -> VmasEnv:

@@ -1,0 +1,148 @@
+"""Turns recorded graphs into functions that run fast: compiled, or replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from tdmarl.envs import tracing
+from tdmarl.envs.batching import batch
+from tdmarl.envs.layout import environments_last, last
+
+# Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
+# of its uses.
+_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 2}
+
+BATCH = True
+
+class Part(NamedTuple):
+    """What compiling one function took."""
+
+    operations: int
+    trace_seconds: float
+    compile_seconds: float
+
+
+class Function:
+    """One function of tensors, recorded, laid out and compiled; inputs that it does not need are not passed on.
+
+    Args:
+        graph (GraphModule): from `trace`.
+        inputs (list of Tensor): examples.
+        envs (int): number of environments.
+        carry (set of int): outputs that are the inputs of the same place in the next call.
+        mode (str): "trace" runs the graph as it is, "compile" compiles it, "cudagraph" also captures it.
+        streams (context): where random numbers come from.
+        rows (set of int): which inputs are, and which outputs become, contiguous; others have environments last.
+        shared (set of int): inputs that are another captured function's own and are used where they are.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        inputs: list[Tensor],
+        envs: int,
+        carry: set[int],
+        mode: str,
+        streams: Any,
+        rows: tuple[set[int], set[int]],
+        shared: set[int],
+    ) -> None:
+        outputs = list(range(tracing.outputs(graph)))
+        self._used = sorted(tracing.needed(graph, outputs))
+        tracing.restrict(graph, self._used, outputs)
+        self._streams: Any = streams if tracing.has_draws(graph) else contextlib.nullcontext()
+        inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
+        if BATCH:
+            graph = batch(graph, len(carry))
+        graph = environments_last(graph, inputs, envs, contiguous=rows[1])
+        self.operations = tracing.operations(graph)
+        self._call: Callable[..., Any] = graph
+        if mode != "trace":
+            with torch.no_grad():
+                self._call = torch._inductor.compile(graph, inputs, options=_INDUCTOR)
+        self.graph = graph
+        if mode == "cudagraph":
+            own = [i for i, place in enumerate(self._used) if place in shared]
+            back = [(i, place) for i, place in enumerate(self._used) if place in carry]
+            self._call = Captured(self._call, inputs, own, back)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), self._streams:
+            return list(self._call(*[inputs[i] for i in self._used]))
+
+    def own(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The inputs, those that a captured graph keeps in fixed places replaced by these places."""
+        found = list(inputs)
+        if isinstance(self._call, Captured):
+            for place, static in zip(self._used, self._call.inputs):
+                found[place] = static
+        return found
+
+
+class Captured:
+    """Replays a function as one CUDA graph, without waiting for the device.
+
+    A graph reads and writes fixed places in memory. Inputs are copied there, except those that are there
+    already; what the function carries on to its next call is written back into its inputs; other outputs are
+    copied out, so that they stay what they are when the graph is replayed.
+
+    Args:
+        function (callable): tensors in, list of tensors out; pure.
+        inputs (list of Tensor): examples.
+        own (list of int): inputs that are used in place: static inputs of another captured function.
+        back (list of pairs): input and the output that is written into it.
+        record (callable, optional): for tests, stands for the capture.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: list[Tensor],
+        own: list[int],
+        back: list[tuple[int, int]],
+        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ) -> None:
+        self.inputs = [x if i in own else torch.empty_like(x).copy_(x) for i, x in enumerate(inputs)]
+        self._back = back
+        outputs: list[Tensor] = []
+
+        def run() -> None:
+            outputs[:] = function(*self.inputs)
+            for i, o in back:
+                self.inputs[i].copy_(outputs[o])
+
+        saved = [x.clone() for x in self.inputs]
+        self._replay = (record or _capture)(run)
+        torch._foreach_copy_(self.inputs, saved)  # recording may have run the function
+        self._outputs = outputs
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        moved = [(mine, x) for mine, x in zip(self.inputs, inputs) if mine is not x]
+        if moved:
+            torch._foreach_copy_([mine for mine, _ in moved], [x for _, x in moved])
+        self._replay()
+        carried = {o: self.inputs[i] for i, o in self._back}
+        fresh = [i for i in range(len(self._outputs)) if i not in carried]
+        found = [torch.empty_like(self._outputs[i]) for i in fresh]
+        if found:
+            torch._foreach_copy_(found, [self._outputs[i] for i in fresh])
+        copies = dict(zip(fresh, found))
+        return [carried[i] if i in carried else copies[i] for i in range(len(self._outputs))]
+
+
+def _capture(run: Callable[[], None]) -> Callable[[], None]:
+    """Records what `run` does on the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

@@ -1,0 +1,295 @@
+"""Records a VMAS environment's step and reset as functions of tensors.
+
+Every function takes what it carries on from call to call first, and returns that first:
+
+    step    state, actions                       -> state, whether actions are valid, what is shown, rewards
+    refill  counters, spares, state              -> counters, spares
+    take    state, shown, counters, spares, mask -> state, shown, counters
+    renew   state, shown, mask                   -> state, shown                              (without spares)
+
+A step with many substeps is cut into `begin` (actions, first substep), `go_on` (one substep, called again and
+again) and `end`, so that graphs stay small. Spares are two layers of what a reset writes and shows, with three
+counters: unused ones of each environment (0, 1 or 2), whether the next one is in the second layer, and whether any
+environment ever needed more than there were.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from tdmarl.envs import tracing
+from tdmarl.envs.capture import Function, Part
+from tdmarl.envs.functional import FunctionalVmas
+from tdmarl.envs.groups import Display
+from tdmarl.envs.layout import last
+
+_LARGE = 4_000  # operations of a step that is cut into its substeps
+_SEEN = "_state._pos", "_state._rot"  # a picture needs these, whatever agents observe
+
+Traced = Callable[..., list[Tensor]]
+
+
+class Recording:
+    """The functions of one environment.
+
+    Args:
+        core (FunctionalVmas): whose simulation runs; its state is any one that it can have.
+        display (Display): makes entries of what is shown.
+        mode (str): see `Function`.
+        check (bool): the step says for each group whether its actions are valid.
+        spares (bool): records `refill` and `take` in place of `renew`.
+
+    Attributes:
+        names (list of str): what of the state is carried on, because something shown depends on it.
+        shown, rewards (TreeSpec): how the entries nest.
+        paths (list of tuples): the keys of what is shown.
+        empty (list of Tensor): counters and spares before the first refill.
+        report (dict): what each function took.
+
+    Raises:
+        Untraceable: see there.
+    """
+
+    def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool, spares: bool) -> None:
+        self._core, self._display, self._mode, self._check = core, display, mode, check
+        self._envs = core.simulation.envs
+        self.report: dict[str, Part] = {}
+        state = {name: last(value.clone(), self._envs) for name, value in core._read().items()}
+        self._all, values = list(state), list(state.values())
+        actions = [group.actions.random(self._envs) for group in display.groups]
+        moves, seconds = self._trace_moves(values, actions)
+        draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
+        roots = {i for i, name in enumerate(self._all) if name.endswith(_SEEN)}
+        live = sorted(_live([*moves.values(), draw], len(values), roots))
+        self.names = [self._all[i] for i in live]
+        values = [values[i] for i in live]
+        self._make_moves(moves, seconds, live, values, actions)
+        values = next(iter(self._moves.values())).own(values + actions)[: len(live)]
+        # What is one for the batch stays as it is at a reset.
+        written = core.slots.reset_names | {"steps"}
+        self._reset_places = [
+            place
+            for place, name in enumerate(self.names)
+            if name in written and values[place].ndim and values[place].shape[0] == self._envs
+        ]
+        shown = range(len(self._all), len(self._all) + self.shown.num_leaves)
+        tracing.restrict(draw, live, [*(live[place] for place in self._reset_places), *shown])
+        self._draw_graph = draw
+        self._make_reset(values, draw_seconds, spares)
+
+    # The step.
+
+    def step(self, inputs: list[Tensor]) -> list[Tensor]:
+        """See the head of this file."""
+        if "step" in self._moves:
+            return self._moves["step"](inputs)
+        n = len(self.names)
+        outputs = self._moves["begin"](inputs)
+        state, valid = outputs[:n], outputs[n:]
+        for _ in range(self._core.simulation.world._substeps - 1):
+            state = self._moves["go_on"](state)
+        outputs = self._moves["end"](state)
+        return outputs[:n] + valid + outputs[n:]
+
+    def _trace_moves(
+        self, values: list[Tensor], actions: list[Tensor]
+    ) -> tuple[dict[str, fx.GraphModule], dict[str, float]]:
+        found: dict[str, fx.GraphModule] = {}
+        seconds: dict[str, float] = {}
+
+        def record(name: str, function: Traced, inputs: list[Tensor]) -> None:
+            found[name], seconds[name] = _timed(lambda: tracing.trace(function, inputs))
+
+        substeps = self._core.simulation.world._substeps
+        if substeps > 1:
+            record("begin", self._begin, values + actions)
+            record("go_on", self._go_on, values)
+            record("end", self._end, values)
+            once, again, end = map(tracing.operations, found.values())
+            if once + (substeps - 1) * again + end > _LARGE:
+                return found, seconds
+            found, seconds = {}, {}
+        record("step", self._whole, values + actions)
+        return found, seconds
+
+    def _make_moves(
+        self,
+        moves: dict[str, fx.GraphModule],
+        seconds: dict[str, float],
+        live: list[int],
+        values: list[Tensor],
+        actions: list[Tensor],
+    ) -> None:
+        self._moves: dict[str, Function] = {}
+        n, old = len(live), len(self._all)
+        for name, graph in moves.items():
+            given = actions if name in ("step", "begin") else []
+            others = tracing.outputs(graph) - old
+            acts, rest = range(old, old + len(given)), range(old, old + others)
+            tracing.restrict(graph, [*live, *acts], [*live, *rest])
+            rows = set(range(n, n + len(given))), set(range(n, n + others))
+            own = set(range(n)) if self._moves else set()
+            self._moves[name] = self._make(
+                name, graph, values + given, set(range(n)), rows, own, seconds[name]
+            )
+            values = self._moves[name].own(values + given)[:n]
+
+    def _put(self, leaves: tuple[Tensor, ...]) -> None:
+        self._core._write(dict(zip(self._all, leaves)))
+
+    def _state(self) -> list[Tensor]:
+        state = self._core._read()
+        return [state[name] for name in self._all]
+
+    def _decode(self, actions: tuple[Tensor, ...]) -> tuple[list[Any], list[Tensor]]:
+        agents: list[Any] = [None] * len(self._core.simulation.agents)
+        valid = []
+        for group, action in zip(self._display.groups, actions):
+            if self._check:
+                valid.append(~group.actions.invalid(action).any())
+            for i, own in zip(group.indices, group.actions.decode(action)):
+                agents[i] = own
+        return agents, valid
+
+    def _entries(self, out: Any) -> list[Tensor]:
+        entries = self._display.with_ends(self._display(out, self._core.simulation.steps))
+        shown, self.shown = pytree.tree_flatten(entries)
+        self.paths = [tuple(k.key for k in path) for path, _ in pytree.tree_flatten_with_path(entries)[0]]
+        if not out.reward:
+            return shown
+        rewards, self.rewards = pytree.tree_flatten(self._display.rewards(out))
+        return shown + rewards
+
+    def _whole(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        agents, valid = self._decode(leaves[len(self._all) :])
+        out = self._core.simulation.advance(agents)
+        return [*self._state(), *valid, *self._entries(out)]
+
+    def _begin(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        agents, valid = self._decode(leaves[len(self._all) :])
+        self._core.simulation.begin(agents)
+        return self._state() + valid
+
+    def _go_on(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        self._core.simulation.go_on()
+        return self._state()
+
+    def _end(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        out = self._core.simulation.end()
+        return self._state() + self._entries(out)
+
+    # The reset.
+
+    def _draw(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        out = self._core.simulation.restart()
+        return self._state() + self._entries(out)
+
+    def _make_reset(self, state: list[Tensor], seconds: float, spares: bool) -> None:
+        n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
+        with torch.no_grad():
+            drawn = [last(x, self._envs) for x in self._draw_graph(*state)]
+        shown, mask = drawn[len(self._reset_places) :], torch.zeros(self._envs, dtype=torch.bool, device=device)
+        carried = set(range(n, n + m))
+        self.empty: list[Tensor] = []
+        if not spares:
+            graph, traced = _timed(lambda: tracing.trace(self._renew, state + shown + [mask]))
+            rows, own = (carried, carried), set(range(n))
+            self.renew = self._make(
+                "renew", graph, state + shown + [mask], own, rows, own, seconds + traced
+            )
+            return
+        counters = [torch.zeros_like(mask, dtype=torch.int64), mask.clone(), mask.any()]
+        self.empty = [*counters, *drawn, *(x.clone() for x in drawn)]
+        k = len(self.empty)
+        graph, traced = _timed(lambda: tracing.trace(self._refill, self.empty + state))
+        self.refill = self._make(
+            "refill",
+            graph,
+            self.empty + state,
+            set(range(k)),
+            (set(), set()),
+            set(range(k, k + n)),
+            seconds + traced,
+        )
+        ahead = self.refill.own(self.empty + state)[:k]
+        graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
+        carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
+        self.take = self._make("take", graph, state + shown + ahead + [mask], carry, (carried, carried), own, traced)
+
+    def _renew(self, *leaves: Tensor) -> list[Tensor]:
+        state, mask = leaves[: len(self.names)], leaves[-1]
+        return self._merged(list(leaves[:-1]), list(self._draw_graph(*state)), mask)
+
+    def _refill(self, *leaves: Tensor) -> list[Tensor]:
+        k = (len(leaves) - 3 - len(self.names)) // 2
+        (count, second, short), layers, state = leaves[:3], leaves[3 : 3 + 2 * k], leaves[3 + 2 * k :]
+        new, lacks = list(self._draw_graph(*state)), count < 2
+        into_second = second ^ (count == 1)
+        layer_0 = [_where(lacks & ~into_second, x, old) for x, old in zip(new, layers[:k])]
+        layer_1 = [_where(lacks & into_second, x, old) for x, old in zip(new, layers[k:])]
+        return [count + lacks.to(count.dtype), second, short, *layer_0, *layer_1]
+
+    def _take(self, *leaves: Tensor) -> list[Tensor]:
+        n = len(self.names) + self.shown.num_leaves
+        (count, second, short), layers, mask = leaves[n : n + 3], leaves[n + 3 : -1], leaves[-1]
+        k = len(layers) // 2
+        new = [_where(second, b, a) for a, b in zip(layers[:k], layers[k:])]
+        has = mask & (count > 0)
+        lacking = (mask & (count == 0)).any()
+        counters = [count - has.to(count.dtype), second ^ has, short | lacking]
+        return self._merged(list(leaves[:n]), new, mask) + counters
+
+    def _merged(self, carried: list[Tensor], new: list[Tensor], mask: Tensor) -> list[Tensor]:
+        """State and what is shown, with what was drawn in the environments of the mask."""
+        for place, x in zip([*self._reset_places, *range(len(self.names), len(carried))], new):
+            carried[place] = _where(mask, x, carried[place])
+        return carried
+
+    def _make(
+        self,
+        name: str,
+        graph: fx.GraphModule,
+        inputs: list[Tensor],
+        carry: set[int],
+        rows: tuple[set[int], set[int]],
+        own: set[int],
+        seconds: float,
+    ) -> Function:
+        streams = self._core.streams
+        function, compiling = _timed(
+            lambda: Function(graph, inputs, self._envs, carry, self._mode, streams, rows, own)
+        )
+        self.report[name] = Part(function.operations, seconds, compiling)
+        return function
+
+
+def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]:
+    """Which of the first `state` inputs what is shown ever depends on, through any sequence of the graphs."""
+    live = set(roots)
+    while True:
+        found = set(live)
+        for graph in graphs:
+            shown = range(state, tracing.outputs(graph))
+            found |= {i for i in tracing.needed(graph, [*live, *shown]) if i < state}
+        if found == live:
+            return live
+        live = found
+
+
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return function(), time.perf_counter() - start
