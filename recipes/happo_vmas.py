@@ -36,6 +36,7 @@ def main(options: HAPPOOptions) -> None:
         max_steps=options.max_steps,
         device=options.pick_device(),
         seed=options.seed,
+        **options.simulation(),
         **options.task(),
     )
     arguments = options.arguments() | {

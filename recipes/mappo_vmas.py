@@ -40,6 +40,7 @@ def main(options: MAPPOOptions) -> None:
         max_steps=options.max_steps,
         device=options.pick_device(),
         seed=options.seed,
+        **options.simulation(),
         **options.task(),
     )
     arguments = options.arguments() | {

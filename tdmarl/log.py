@@ -322,6 +322,11 @@ class Bar:
                 "[{elapsed}<{remaining}{postfix}]",
             )
 
+    def say(self, text: str) -> None:
+        """Shows what takes time before the first row."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
     def advance(self, row: Mapping[str, Value]) -> None:
         """Moves to a row's frames and shows its speed and the returns last measured.
 

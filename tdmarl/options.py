@@ -36,7 +36,7 @@ class Options:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N: simulator, policy and learner run there."""
     mode: Literal["auto", "eager", "compile", "cudagraph"] = "auto"
-    """How the update runs on the device."""
+    """How simulation and updates run on the device; auto compiles the simulation if the run is long enough."""
     out: str | None = None
     """Folder of the run. Default: runs/<algorithm>-<scenario>-<seed>-<time>."""
     resume: str | None = None
@@ -81,6 +81,11 @@ class Options:
                 f"--scenario-args {self.scenario_args!r} must be an object such as '{{\"n_agents\": 5}}'"
             )
         return TASKS.get(self.scenario, {}) | given
+
+    def simulation(self) -> dict[str, Any]:
+        """How the environment runs, for :class:`tdmarl.VmasEnv`; that of a resumed run stays what it was."""
+        stored = None if self.resume is None else log.read_config(self.resume).get("simulation")
+        return {"mode": stored or self.mode, "expected_steps": self.total_frames // self.num_envs}
 
     def pick_device(self) -> torch.device:
         """The device that ``device`` names; ValueError where it is not there."""

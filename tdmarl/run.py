@@ -90,6 +90,9 @@ class Run:
         self.tracker = log.open_tracker(options.logger, self.folder, config["id"], config["options"])
         title = f"{self.algorithm} {options.scenario}"
         self.bar = log.Bar(options.progress, title, options.total_frames, self.state["frames"])
+        if getattr(self.env, "mode", "eager") != "eager":
+            self.bar.say("compiling the simulation")
+            self.env.compile()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         self.clock = time.monotonic()
@@ -183,6 +186,7 @@ class Run:
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         device = self.options.pick_device()
         config = log.describe(self.options, device, self.algorithm, self.arguments, self.env)
+        config["simulation"] = getattr(self.env, "mode", None)
         log.write_config(self.folder, config)
         return config
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from tdmarl.envs import tracing
-from tdmarl.envs.batching import batch
 from tdmarl.envs.layout import environments_last, last
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
 # of its uses.
 _INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 2}
 
-BATCH = True
 
 class Part(NamedTuple):
     """What compiling one function took."""
@@ -56,14 +54,13 @@ class Function:
         tracing.restrict(graph, self._used, outputs)
         self._streams: Any = streams if tracing.has_draws(graph) else contextlib.nullcontext()
         inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
-        if BATCH:
-            graph = batch(graph, len(carry))
         graph = environments_last(graph, inputs, envs, contiguous=rows[1])
         self.operations = tracing.operations(graph)
         self._call: Callable[..., Any] = graph
         if mode != "trace":
             with torch.no_grad():
-                self._call = torch._inductor.compile(graph, inputs, options=_INDUCTOR)
+                examples: list[Any] = list(inputs)
+                self._call = torch._inductor.compile(graph, examples, options=_INDUCTOR)
         self.graph = graph
         if mode == "cudagraph":
             own = [i for i, place in enumerate(self._used) if place in shared]

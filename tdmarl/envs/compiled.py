@@ -53,6 +53,7 @@ class CompiledVmas:
         self._envs, self._spare_resets = core.simulation.envs, spare_resets
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
         self._spares: list[Tensor] | None = None
+        self._own: dict[str, Tensor] | None = None
         self._until_refill = 0
         simulation, saved = core.simulation, {name: value.clone() for name, value in core._read().items()}
         streams, fixed_size, grad_mode = core.streams.state(), simulation.fixed_size, simulation.grad_mode

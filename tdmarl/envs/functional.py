@@ -176,7 +176,92 @@ class Spares(NamedTuple):
     unused: Tensor  # [E]
 
 
-class FunctionalVmas:
+class _Stateful:
+    """The state of a simulation: taken out, put in, and saved.
+
+    Attributes:
+        held (dict or None): a part of the state that lives here, in tensors of its own, and no longer in VMAS's
+            objects, because compiled functions advance it. `into_objects` puts it there.
+    """
+
+    simulation: Simulation
+    slots: Slots
+    streams: Streams
+    spares: Spares | None
+    held: dict[str, Tensor] | None
+    _start_over: bool
+
+    def get_state(self) -> TensorDict:
+        """A copy of the present state, a flat tensordict without batch size."""
+        return TensorDict({name: value.clone() for name, value in self._read().items()}, batch_size=[])
+
+    def set_state(self, state: TensorDict) -> None:
+        """Goes on from a copy of `state`."""
+        self._write({name: state[name].clone() for name in ("steps", *self.slots.names)})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the future depends on: state, Python numbers that change, streams."""
+        numbers = self.slots.read_numbers()
+        return {
+            **{f"state:{name}": value.detach().clone() for name, value in self._read().items()},
+            **{f"number:{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
+            **{f"stream:{name}": value for name, value in self.streams.state().items()},
+            "stream:start_over": torch.tensor(self._start_over),
+            **({} if self.spares is None else _flat(self.spares)),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Continues where `state_dict` was taken, to the last bit.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError: an entry has another shape.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "number": {}, "stream": {}, "spare": {}}
+        for key, value in state_dict.items():
+            kind, _, name = key.partition(":")
+            parts[kind][name] = value
+        for name, present in self._read().items():
+            if name not in parts["state"]:
+                raise KeyError(
+                    f"'state:{name}' is missing: the state dict is not of this scenario and arguments."
+                )
+            found = parts["state"][name].shape
+            if found != present.shape:
+                raise ValueError(
+                    f"'state:{name}' has shape {tuple(found)}, expected {tuple(present.shape)};"
+                    " build the environment with the same num_envs and scenario arguments."
+                )
+        self._write(
+            {name: value.to(self.simulation.device, copy=True) for name, value in parts["state"].items()}
+        )
+        self.slots.write_numbers({name: value.item() for name, value in parts["number"].items()})
+        self.streams.load_state(parts["stream"])
+        self._start_over = bool(parts["stream"]["start_over"])
+        self.spares = _nested(parts["spare"], self.simulation.device) if parts["spare"] else None
+
+    def _read(self) -> dict[str, Tensor]:
+        return {"steps": self.simulation.steps, **self.slots.read(), **(self.held or {})}
+
+    def _write(self, state: dict[str, Tensor]) -> None:
+        self.simulation.steps = state["steps"]
+        self.slots.write(state)
+        if self.held is not None:
+            self.held = {name: state[name] for name in self.held}
+
+    def into_objects(self) -> None:
+        """Puts what is `held` where VMAS's objects keep it."""
+        if self.held is not None:
+            self._write(self._read())
+
+    def from_objects(self) -> None:
+        """Takes from VMAS's objects what is `held`."""
+        if self.held is not None:
+            present = {"steps": self.simulation.steps, **self.slots.read()}
+            self.held = {name: present[name] for name in self.held}
+
+
+class FunctionalVmas(_Stateful):
     """A VMAS scenario whose state can be taken out, put in, merged by mask and saved.
 
     `step` and `reset` are functions of a state tensordict. `advance` and `restart` do the same in place,
@@ -191,10 +276,6 @@ class FunctionalVmas:
         grad_enabled (bool): keeps the graph from actions to rewards.
         scenario_kwargs (dict): the scenario's own arguments.
         plain (bool): makes no inference tensors, which cannot be traced.
-
-    Attributes:
-        held (dict or None): a part of the state that lives here, in tensors of its own, and no longer in VMAS's
-            objects, because compiled functions advance it. `into_objects` puts it there.
     """
 
     def __init__(
@@ -318,75 +399,6 @@ class FunctionalVmas:
         self.set_state(state)
         out = self.restart(mask)
         return self.get_state(), out
-
-    def get_state(self) -> TensorDict:
-        """A copy of the present state, a flat tensordict without batch size."""
-        return TensorDict({name: value.clone() for name, value in self._read().items()}, batch_size=[])
-
-    def set_state(self, state: TensorDict) -> None:
-        """Goes on from a copy of `state`."""
-        self._write({name: state[name].clone() for name in ("steps", *self.slots.names)})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the future depends on: state, Python numbers that change, streams."""
-        numbers = self.slots.read_numbers()
-        return {
-            **{f"state:{name}": value.detach().clone() for name, value in self._read().items()},
-            **{f"number:{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()},
-            **{f"stream:{name}": value for name, value in self.streams.state().items()},
-            "stream:start_over": torch.tensor(self._start_over),
-            **({} if self.spares is None else _flat(self.spares)),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Continues where `state_dict` was taken, to the last bit.
-
-        Raises:
-            KeyError: an entry is missing.
-            ValueError: an entry has another shape.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"state": {}, "number": {}, "stream": {}, "spare": {}}
-        for key, value in state_dict.items():
-            kind, _, name = key.partition(":")
-            parts[kind][name] = value
-        for name, present in self._read().items():
-            if name not in parts["state"]:
-                raise KeyError(
-                    f"'state:{name}' is missing: the state dict is not of this scenario and arguments."
-                )
-            found = parts["state"][name].shape
-            if found != present.shape:
-                raise ValueError(
-                    f"'state:{name}' has shape {tuple(found)}, expected {tuple(present.shape)};"
-                    " build the environment with the same num_envs and scenario arguments."
-                )
-        self._write(
-            {name: value.to(self.simulation.device, copy=True) for name, value in parts["state"].items()}
-        )
-        self.slots.write_numbers({name: value.item() for name, value in parts["number"].items()})
-        self.streams.load_state(parts["stream"])
-        self._start_over = bool(parts["stream"]["start_over"])
-        self.spares = _nested(parts["spare"], self.simulation.device) if parts["spare"] else None
-
-    def _read(self) -> dict[str, Tensor]:
-        return {"steps": self.simulation.steps, **self.slots.read(), **(self.held or {})}
-
-    def _write(self, state: dict[str, Tensor]) -> None:
-        self.simulation.steps = state["steps"]
-        self.slots.write(state)
-        if self.held is not None:
-            self.held = {name: state[name] for name in self.held}
-
-    def into_objects(self) -> None:
-        """Puts what is `held` where VMAS's objects keep it."""
-        if self.held is not None:
-            self._write(self._read())
-
-    def from_objects(self) -> None:
-        """Takes from VMAS's objects what is `held`."""
-        if self.held is not None:
-            present = {"steps": self.simulation.steps, **self.slots.read()}
-            self.held = {name: present[name] for name in self.held}
 
 
 def _make_world(scenario: Any, envs: int, device: torch.device, kwargs: dict[str, Any]) -> Any:

@@ -115,7 +115,9 @@ class _Rewriter:
                 values[node] = self.rewrite(node.target, args, kwargs, is_draw(node))
             else:
                 outputs = [values[x] for x in node.args[0]]
-                laid = [self.contiguous(x) if i in contiguous else self.last(x) for i, x in enumerate(outputs)]
+                laid = [
+                    self.contiguous(x) if i in contiguous else self.last(x) for i, x in enumerate(outputs)
+                ]
                 self.new.graph.output([x.node for x in laid])
         self.new.recompile()
         return self.new
@@ -127,7 +129,8 @@ class _Rewriter:
         result, node = target(*tensors, **named), self.new.graph.call_function(target, *nodes)
         if isinstance(result, (tuple, list)):
             return [
-                _Value(x, self.new.graph.call_function(operator.getitem, (node, i))) for i, x in enumerate(result)
+                _Value(x, self.new.graph.call_function(operator.getitem, (node, i)))
+                for i, x in enumerate(result)
             ]
         return _Value(result, node)
 
@@ -150,7 +153,11 @@ class _Rewriter:
 
     def last(self, x: _Value) -> _Value:
         place = _place(x.shape, self.envs)
-        return self.contiguous(x) if place is None else self.move(self.contiguous(self.move(x, place, -1)), -1, place)
+        return (
+            self.contiguous(x)
+            if place is None
+            else self.move(self.contiguous(self.move(x, place, -1)), -1, place)
+        )
 
     def rewrite(self, target: Any, args: Any, kwargs: Any, draws: bool) -> Any:
         """One operation of the old graph, with environments last."""
@@ -224,7 +231,8 @@ class _Rewriter:
         after = place - sum(d < place for d in dims)  # where environments are once those dimensions are gone
         mapped = [d - (d > place) for d in dims]
         changed = [
-            self.move(a, place if a.ndim == x.ndim else after, -1) if isinstance(a, _Value) else a for a in args
+            self.move(a, place if a.ndim == x.ndim else after, -1) if isinstance(a, _Value) else a
+            for a in args
         ]
         changed[index] = mapped[0] if isinstance(given, int) else mapped
         result = self.emit(target, *changed, **kwargs)

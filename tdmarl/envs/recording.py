@@ -34,7 +34,70 @@ _SEEN = "_state._pos", "_state._rot"  # a picture needs these, whatever agents o
 Traced = Callable[..., list[Tensor]]
 
 
-class Recording:
+class _Recorder:
+    """What recording a step and recording a reset have in common."""
+
+    names: list[str]
+    shown: Any
+    rewards: Any
+    paths: list[tuple[str, ...]]
+
+    def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool) -> None:
+        self._core, self._display, self._mode, self._check = core, display, mode, check
+        self._envs = core.simulation.envs
+        self._all: list[str] = []
+        self.report: dict[str, Part] = {}
+
+    def _put(self, leaves: tuple[Tensor, ...]) -> None:
+        self._core._write(dict(zip(self._all, leaves)))
+
+    def _state(self) -> list[Tensor]:
+        state = self._core._read()
+        return [state[name] for name in self._all]
+
+    def _decode(self, actions: tuple[Tensor, ...]) -> tuple[list[Any], list[Tensor]]:
+        agents: list[Any] = [None] * len(self._core.simulation.agents)
+        valid = []
+        for group, action in zip(self._display.groups, actions):
+            if self._check:
+                valid.append(~group.actions.invalid(action).any())
+            for i, own in zip(group.indices, group.actions.decode(action)):
+                agents[i] = own
+        return agents, valid
+
+    def _entries(self, out: Any) -> list[Tensor]:
+        entries = self._display.with_ends(self._display(out, self._core.simulation.steps))
+        shown, self.shown = pytree.tree_flatten(entries)
+        self.paths = [_keys(path) for path, _ in pytree.tree_flatten_with_path(entries)[0]]
+        if not out.reward:
+            return shown
+        rewards, self.rewards = pytree.tree_flatten(self._display.rewards(out))
+        return shown + rewards
+
+    def _draw(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        out = self._core.simulation.restart()
+        return self._state() + self._entries(out)
+
+    def _make(
+        self,
+        name: str,
+        graph: fx.GraphModule,
+        inputs: list[Tensor],
+        carry: set[int],
+        rows: tuple[set[int], set[int]],
+        own: set[int],
+        seconds: float,
+    ) -> Function:
+        streams = self._core.streams
+        function, compiling = _timed(
+            lambda: Function(graph, inputs, self._envs, carry, self._mode, streams, rows, own)
+        )
+        self.report[name] = Part(function.operations, seconds, compiling)
+        return function
+
+
+class Recording(_Recorder):
     """The functions of one environment.
 
     Args:
@@ -56,9 +119,7 @@ class Recording:
     """
 
     def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool, spares: bool) -> None:
-        self._core, self._display, self._mode, self._check = core, display, mode, check
-        self._envs = core.simulation.envs
-        self.report: dict[str, Part] = {}
+        super().__init__(core, display, mode, check)
         state = {name: last(value.clone(), self._envs) for name, value in core._read().items()}
         self._all, values = list(state), list(state.values())
         actions = [group.actions.random(self._envs) for group in display.groups]
@@ -81,8 +142,6 @@ class Recording:
         tracing.restrict(draw, live, [*(live[place] for place in self._reset_places), *shown])
         self._draw_graph = draw
         self._make_reset(values, draw_seconds, spares)
-
-    # The step.
 
     def step(self, inputs: list[Tensor]) -> list[Tensor]:
         """See the head of this file."""
@@ -139,32 +198,6 @@ class Recording:
             )
             values = self._moves[name].own(values + given)[:n]
 
-    def _put(self, leaves: tuple[Tensor, ...]) -> None:
-        self._core._write(dict(zip(self._all, leaves)))
-
-    def _state(self) -> list[Tensor]:
-        state = self._core._read()
-        return [state[name] for name in self._all]
-
-    def _decode(self, actions: tuple[Tensor, ...]) -> tuple[list[Any], list[Tensor]]:
-        agents: list[Any] = [None] * len(self._core.simulation.agents)
-        valid = []
-        for group, action in zip(self._display.groups, actions):
-            if self._check:
-                valid.append(~group.actions.invalid(action).any())
-            for i, own in zip(group.indices, group.actions.decode(action)):
-                agents[i] = own
-        return agents, valid
-
-    def _entries(self, out: Any) -> list[Tensor]:
-        entries = self._display.with_ends(self._display(out, self._core.simulation.steps))
-        shown, self.shown = pytree.tree_flatten(entries)
-        self.paths = [tuple(k.key for k in path) for path, _ in pytree.tree_flatten_with_path(entries)[0]]
-        if not out.reward:
-            return shown
-        rewards, self.rewards = pytree.tree_flatten(self._display.rewards(out))
-        return shown + rewards
-
     def _whole(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
         agents, valid = self._decode(leaves[len(self._all) :])
@@ -187,26 +220,20 @@ class Recording:
         out = self._core.simulation.end()
         return self._state() + self._entries(out)
 
-    # The reset.
-
-    def _draw(self, *leaves: Tensor) -> list[Tensor]:
-        self._put(leaves)
-        out = self._core.simulation.restart()
-        return self._state() + self._entries(out)
-
     def _make_reset(self, state: list[Tensor], seconds: float, spares: bool) -> None:
         n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
         with torch.no_grad():
             drawn = [last(x, self._envs) for x in self._draw_graph(*state)]
-        shown, mask = drawn[len(self._reset_places) :], torch.zeros(self._envs, dtype=torch.bool, device=device)
+        shown, mask = (
+            drawn[len(self._reset_places) :],
+            torch.zeros(self._envs, dtype=torch.bool, device=device),
+        )
         carried = set(range(n, n + m))
         self.empty: list[Tensor] = []
         if not spares:
             graph, traced = _timed(lambda: tracing.trace(self._renew, state + shown + [mask]))
             rows, own = (carried, carried), set(range(n))
-            self.renew = self._make(
-                "renew", graph, state + shown + [mask], own, rows, own, seconds + traced
-            )
+            self.renew = self._make("renew", graph, state + shown + [mask], own, rows, own, seconds + traced)
             return
         counters = [torch.zeros_like(mask, dtype=torch.int64), mask.clone(), mask.any()]
         self.empty = [*counters, *drawn, *(x.clone() for x in drawn)]
@@ -224,7 +251,9 @@ class Recording:
         ahead = self.refill.own(self.empty + state)[:k]
         graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
         carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
-        self.take = self._make("take", graph, state + shown + ahead + [mask], carry, (carried, carried), own, traced)
+        self.take = self._make(
+            "take", graph, state + shown + ahead + [mask], carry, (carried, carried), own, traced
+        )
 
     def _renew(self, *leaves: Tensor) -> list[Tensor]:
         state, mask = leaves[: len(self.names)], leaves[-1]
@@ -255,23 +284,6 @@ class Recording:
             carried[place] = _where(mask, x, carried[place])
         return carried
 
-    def _make(
-        self,
-        name: str,
-        graph: fx.GraphModule,
-        inputs: list[Tensor],
-        carry: set[int],
-        rows: tuple[set[int], set[int]],
-        own: set[int],
-        seconds: float,
-    ) -> Function:
-        streams = self._core.streams
-        function, compiling = _timed(
-            lambda: Function(graph, inputs, self._envs, carry, self._mode, streams, rows, own)
-        )
-        self.report[name] = Part(function.operations, seconds, compiling)
-        return function
-
 
 def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]:
     """Which of the first `state` inputs what is shown ever depends on, through any sequence of the graphs."""
@@ -284,6 +296,10 @@ def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]
         if found == live:
             return live
         live = found
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path)
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

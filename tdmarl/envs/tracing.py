@@ -50,7 +50,17 @@ _SIZES = {
     torch.unique_consecutive,
     Tensor.unique_consecutive,
 }
-_DRAWS = ("uniform", "normal", "rand", "bernoulli", "multinomial", "exponential", "poisson", "cauchy", "geometric")
+_DRAWS = (
+    "uniform",
+    "normal",
+    "rand",
+    "bernoulli",
+    "multinomial",
+    "exponential",
+    "poisson",
+    "cauchy",
+    "geometric",
+)
 
 
 class Untraceable(RuntimeError):
@@ -80,7 +90,7 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[int, fx.Node] = {}
         for i, x in enumerate(inputs):
             self._nodes[x] = self.graph.graph.placeholder(f"input{i}")
-            self._nodes[x].meta["shape"] = x.shape
+            _describe(self._nodes[x], x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,13 +102,13 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._nodes[out] = self.graph.graph.call_function(func, nodes, named)
-            self._nodes[out].meta["shape"] = out.shape
+            _describe(self._nodes[out], out)
         elif isinstance(out, (tuple, list)) and any(isinstance(x, Tensor) for x in out):
             node = self.graph.graph.call_function(func, nodes, named)
             for i, x in enumerate(out):
                 if isinstance(x, Tensor):
                     self._nodes[x] = self.graph.graph.call_function(operator.getitem, (node, i))
-                    self._nodes[x].meta["shape"] = x.shape
+                    _describe(self._nodes[x], x)
         elif out is None:
             self.graph.graph.call_function(func, nodes, named)
         return out
@@ -110,7 +120,7 @@ class Recorder(TorchDispatchMode):
             name = f"constant{len(self._constants)}"
             self.graph.register_buffer(name, tensor)
             found = self._nodes[tensor] = self._constants[id(tensor)] = self.graph.graph.get_attr(name)
-            found.meta["shape"] = tensor.shape
+            _describe(found, tensor)
         return found
 
     def changes(self, tensor: Tensor) -> bool:
@@ -130,6 +140,10 @@ class Recorder(TorchDispatchMode):
         self.graph.graph.output([self.node(x) for x in outputs])
         self.graph.recompile()
         return self.graph
+
+
+def _describe(node: fx.Node, tensor: Tensor) -> None:
+    node.meta.update(shape=tensor.shape, dtype=tensor.dtype)
 
 
 class _Watch(torch.overrides.TorchFunctionMode):
@@ -174,7 +188,9 @@ def trace(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.Gra
     """
 
     def own(*args: Tensor) -> list[Tensor]:
-        return function(*[x.clone() for x in args])  # what it writes into its inputs must not reach the caller's
+        return function(
+            *[x.clone() for x in args]
+        )  # what it writes into its inputs must not reach the caller's
 
     with torch.no_grad():
         graph = _record(own, inputs, watch=True)
@@ -185,7 +201,9 @@ def trace(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.Gra
     return graph
 
 
-def _record(function: Callable[..., list[Tensor]], inputs: list[Tensor], watch: bool = False) -> fx.GraphModule:
+def _record(
+    function: Callable[..., list[Tensor]], inputs: list[Tensor], watch: bool = False
+) -> fx.GraphModule:
     inputs = [x.detach() for x in inputs]  # objects of our own, one for each input
     recorder = Recorder(inputs)
     with recorder, _Watch(recorder) if watch else contextlib.nullcontext():
@@ -212,7 +230,7 @@ def _refuse_written_constants(graph: fx.GraphModule) -> None:
         if alias is not None:
             origin[node] = origin[first]
             if alias.is_write:
-                shape = tuple(operator.attrgetter(origin[first].target)(graph).shape)
+                shape = tuple(operator.attrgetter(str(origin[first].target))(graph).shape)
                 raise Untraceable(f"a tensor of shape {shape} that is not known as state is written in place")
 
 
@@ -227,11 +245,55 @@ def _copy_constants(graph: fx.GraphModule) -> None:
 
 
 def simplify(graph: fx.GraphModule) -> None:
-    """Merges equal nodes, computes what is small and constant, and drops what nothing depends on."""
+    """Merges equal nodes, computes what is small and constant, and drops copies and what nothing depends on."""
+    _drop_copies(graph.graph)
+    _drop_places(graph.graph)
     _fold(graph)
     _merge(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+_IDENTITIES = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default}
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Without mutation a copy is the same as the original; layouts are chosen afterwards."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or (source := _same(node)) is None:
+            continue
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _same(node: Any) -> fx.Node | None:
+    """The node whose value this one has, too."""
+    if node.target in _IDENTITIES and "memory_format" not in node.kwargs:
+        return node.args[0]
+    if node.target is aten.copy.default:
+        old, new = node.args[:2]
+        if isinstance(new, fx.Node) and all(old.meta.get(k) == new.meta.get(k) for k in ("shape", "dtype")):
+            return new
+    if node.target is aten.expand.default and list(node.args[0].meta.get("shape", ())) == list(node.args[1]):
+        return node.args[0]
+    return None
+
+
+def _drop_places(graph: fx.Graph) -> None:
+    """`min` and `max` along a dimension also find where; if nobody asks, their values alone are cheaper."""
+    values = {aten.min.dim: aten.amin.default, aten.max.dim: aten.amax.default}
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
+        if node.target not in values or any(user.args[1] != 0 for user in node.users):
+            continue
+        x, dim, *keep = node.args
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                found = graph.call_function(values[node.target], (x, [dim], *keep), dict(node.kwargs))
+            found.meta.update(user.meta)
+            user.replace_all_uses_with(found)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _merge(graph: fx.Graph) -> None:
@@ -256,8 +318,12 @@ def _fold(graph: fx.GraphModule) -> None:
     values: dict[fx.Node, Any] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            values[node] = operator.attrgetter(node.target)(graph)
-        elif node.op == "call_function" and not is_draw(node) and all(n in values for n in node.all_input_nodes):
+            values[node] = operator.attrgetter(str(node.target))(graph)
+        elif (
+            node.op == "call_function"
+            and not is_draw(node)
+            and all(n in values for n in node.all_input_nodes)
+        ):
             args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
             values[node] = node.target(*args, **kwargs)
     for number, node in enumerate(list(graph.graph.nodes)):
@@ -276,7 +342,7 @@ def _fold(graph: fx.GraphModule) -> None:
             graph.register_buffer(name, value.clone())
             with graph.graph.inserting_before(node):
                 constant = graph.graph.get_attr(name)
-            constant.meta["shape"] = value.shape
+            _describe(constant, value)
             values[constant] = value
             node.replace_all_uses_with(constant)
 

@@ -13,46 +13,109 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
 from tdmarl.envs.actions import ActionOptions
+from tdmarl.envs.capture import Part
 from tdmarl.envs.compiled import CompiledVmas
-from tdmarl.envs.functional import FunctionalVmas, Merge, Out
+from tdmarl.envs.functional import FunctionalVmas, Merge
 from tdmarl.envs.groups import Display, make_groups, make_specs
 from tdmarl.envs.tracing import Untraceable
 
 
+MODES = "eager", "trace", "compile", "cudagraph", "auto"
 _MOST_BUILDS = 3
-_PAYS_AFTER = 2_500  # steps
 
 
-def choose_mode(mode: str, device: torch.device, expected_steps: int | None, grad_enabled: bool) -> str:
+def choose_mode(
+    mode: str, device: torch.device, num_envs: int, expected_steps: int | None, grad_enabled: bool
+) -> str:
     """The mode that "auto" stands for, others as they are.
 
-    Compiling takes about 15 ms per operation and saves most of the 8 us that eager PyTorch needs for one, so it
-    pays after about 2,500 steps, whatever the scenario; sooner with many environments.
+    On two CPU cores compiling took about 60 ms per operation of a scenario, and saved four fifths of what eager
+    PyTorch needs for one, 8 us and 25 ns for each environment. Both grow with the scenario, so the number of steps
+    after which it pays does not depend on it: 2,200 with 1,024 environments, 6,700 with 128.
 
     Raises:
         ValueError: the mode is unknown, or not possible on the device or with gradients.
     """
-    if mode not in ("eager", "compile", "cudagraph", "auto", "trace"):
-        raise ValueError(f"mode is {mode!r}; expected 'eager', 'compile', 'cudagraph' or 'auto'.")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}.")
     if mode == "cudagraph" and device.type != "cuda":
         raise ValueError(f"mode='cudagraph' needs a CUDA device; this environment is on {device}.")
     if grad_enabled:
-        if mode in ("compile", "cudagraph"):
+        if mode in ("trace", "compile", "cudagraph"):
             raise ValueError(f"grad_enabled=True runs eagerly; mode={mode!r} keeps no graph for gradients.")
         return "eager"
     if mode != "auto":
         return mode
-    if expected_steps is None or expected_steps < _PAYS_AFTER:
+    if expected_steps is None or expected_steps * (num_envs + 320) < 3_000_000:
         return "eager"
     return "cudagraph" if device.type == "cuda" else "compile"
 
 
-class _Saved(EnvBase):
-    """Explicit state of an environment that has a `core` and keeps what it showed `_last`."""
+class _Compiled(EnvBase):
+    """Compiles an environment's functions, keeps them up to date, and does without where that is not possible."""
 
     core: FunctionalVmas
-    _last: TensorDict
+    mode: str
+    fallback_reason: str | None
     _compiled: CompiledVmas | None
+    _touched: bool
+    _builds: int
+
+    @property
+    def scenario(self) -> Any:
+        """The VMAS scenario object that runs, in its present state.
+
+        In a compiled mode its Python is frozen in graphs: what is changed here holds from the next step on, and
+        where that changes a frozen value, the graphs are made anew, which takes as long as the first time.
+        """
+        self.core.into_objects()
+        self._touched = True
+        return self.core.simulation.scenario
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
+        """Compiles now instead of at the first step, where the mode is a compiled one; returns this environment."""
+        if self.mode != "eager" and self._compiled is None:
+            self._builds += 1
+            if self._builds > _MOST_BUILDS:
+                self._fall_back(f"its Python values changed {_MOST_BUILDS} times")
+                return self
+            try:
+                self._compiled = self._make_compiled()
+            except Exception as error:  # whatever tracing and compiling come upon; eager always works
+                self._fall_back(
+                    str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+                )
+        return self
+
+    @property
+    def report(self) -> dict[str, Part]:
+        """For each compiled function its operations and the seconds of recording and of compiling; empty if eager."""
+        return {} if self._compiled is None else self._compiled.recording.report
+
+    def _fall_back(self, reason: str) -> None:
+        self.mode, self.fallback_reason = "eager", reason
+        name = type(self.core.simulation.scenario).__module__.rpartition(".")[2]
+        warnings.warn(f"VMAS scenario '{name}' runs eagerly, not compiled: {reason}.", stacklevel=3)
+        self.core.into_objects()
+        self.core.held = None
+
+    def _runner(self) -> CompiledVmas | None:
+        """What runs in place of the eager code, up to date with the scenario's Python."""
+        if self._touched and self._compiled is not None:
+            self.core.from_objects()
+            if self._compiled.is_stale():
+                self._compiled = None
+        self._touched = False
+        return self.compile()._compiled
+
+    def _make_compiled(self) -> CompiledVmas:
+        raise NotImplementedError
+
+
+class _Saved(_Compiled):
+    """Explicit state of an environment that has a `core` and keeps what it showed `_last`."""
+
+    _last: TensorDict
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All that this environment's future depends on, as tensors: world, step counters, random streams."""
@@ -70,9 +133,6 @@ class _Saved(EnvBase):
             compiled.load_state_dict(state_dict)
         for key in self._leaves():
             self._last.set(key, state_dict[f"last:{'/'.join(key)}"].to(self.device, copy=True))
-
-    def _runner(self) -> CompiledVmas | None:
-        raise NotImplementedError
 
     def _leaves(self) -> dict[tuple[str, ...], Tensor]:
         leaves = self._last.items(include_nested=True, leaves_only=True)
@@ -115,14 +175,23 @@ class VmasEnv(_Saved):
         time_limit (str): "truncate", or "terminate" to set `terminated` at the limit too, as TorchRL does.
         pad (bool): pads unlike agents of a group: observations with zeros, continuous actions with dimensions
             whose bounds are both 0, choices with ones that are False in `(group, "action_mask")`.
-        spare_resets (bool): on the CPU, draws initial states for all environments at once and lets each wait until
-            its environment ends, instead of drawing them at every end. False for scenarios whose resets must
-            follow what changes during training, such as a curriculum.
+        mode (str): "eager" runs VMAS's Python in every step. "compile" records it once and compiles what it does,
+            at the first step or in `compile()`; "cudagraph" also captures that on a GPU; "trace" runs what was
+            recorded without compiling it. What cannot be recorded runs eagerly, and a warning names the line.
+            "auto" compiles if that pays within `expected_steps`.
+        expected_steps (int, optional): how often the environment will be stepped, for "auto"; None is few.
+        spare_resets (bool): draws initial states for all environments at once and lets each wait until its
+            environment ends, instead of drawing them at every end (the eager mode does so on the CPU only). False
+            for scenarios whose resets must follow what changes during training, such as a curriculum.
         check_nan (bool): raises on actions that are NaN or no valid choice; on CUDA asynchronously.
         multidiscrete_actions (bool): a choice per action dimension instead of one from their product.
         grad_enabled (bool): rewards and observations stay differentiable with respect to actions, through
             time; `detach()` ends that.
         **scenario_kwargs: the scenario's own arguments.
+
+    Attributes:
+        mode (str): how it runs; what "auto" chose, and "eager" after a fallback.
+        fallback_reason (str or None): why it does not run compiled though it should.
 
     Raises:
         ValueError: the scenario is unknown, or a group holds unlike agents without `pad`.
@@ -160,7 +229,7 @@ class VmasEnv(_Saved):
         if multidiscrete_actions and continuous_actions:
             raise ValueError("multidiscrete_actions=True needs continuous_actions=False.")
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.mode = choose_mode(mode, device, expected_steps, grad_enabled)
+        self.mode = choose_mode(mode, device, num_envs, expected_steps, grad_enabled)
         super().__init__(device=device, batch_size=[num_envs], allow_done_after_reset=True)
         seed = secrets.randbits(31) if seed is None else seed
         plain = self.mode != "eager"
@@ -171,6 +240,7 @@ class VmasEnv(_Saved):
         self.spare_resets = spare_resets and not grad_enabled
         self._viewer: Any = None
         self._compiled: CompiledVmas | None = None
+        self.fallback_reason: str | None = None
         self._touched, self._builds = False, 0
         self.agents = self.core.simulation.agents
         self.n_agents, self.agent_names = len(self.agents), [agent.name for agent in self.agents]
@@ -185,47 +255,10 @@ class VmasEnv(_Saved):
         self.core.seed(seed)
         self._reset()
 
-    @property
-    def scenario(self) -> Any:
-        """The VMAS scenario object that runs, in its present state.
-
-        In a compiled mode its Python is frozen in graphs: what is changed here holds from the next step on, and
-        where that changes a frozen value, the graphs are made anew, which takes as long as the first time.
-        """
-        self.core.into_objects()
-        self._touched = True
-        return self.core.simulation.scenario
-
-    def compile(self, *args: Any, **kwargs: Any) -> VmasEnv:
-        """Compiles now instead of at the first step, where the mode is a compiled one; returns this environment."""
-        if self.mode != "eager" and self._compiled is None:
-            self._builds += 1
-            if self._builds > _MOST_BUILDS:
-                self._fall_back(f"its Python values changed {_MOST_BUILDS} times")
-                return self
-            try:
-                self._compiled = CompiledVmas(
-                    self.core, self._display, self.mode, self.check_nan, self.spare_resets, self.max_steps
-                )
-            except Exception as error:  # whatever tracing and compiling come upon; eager always works
-                self._fall_back(str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}")
-        return self
-
-    def _fall_back(self, reason: str) -> None:
-        self.mode, self.fallback_reason = "eager", reason
-        name = type(self.core.simulation.scenario).__module__.rpartition(".")[2]
-        warnings.warn(f"VMAS scenario '{name}' runs eagerly, not compiled: {reason}.", stacklevel=3)
-        self.core.into_objects()
-        self.core.held = None
-
-    def _runner(self) -> CompiledVmas | None:
-        """What runs in place of the eager code, up to date with the scenario's Python."""
-        if self._touched and self._compiled is not None:
-            self.core.from_objects()
-            if self._compiled.is_stale():
-                self._compiled = None
-        self._touched = False
-        return self.compile()._compiled
+    def _make_compiled(self) -> CompiledVmas:
+        return CompiledVmas(
+            self.core, self._display, self.mode, self.check_nan, self.spare_resets, self.max_steps
+        )
 
     def _set_seed(self, seed: int | None) -> None:
         self.core.seed(secrets.randbits(31) if seed is None else seed)
