@@ -7,7 +7,8 @@
 # installed). Without it the packages of $PYTHON are used as they are.
 #
 # Environment: PYTHON (python3), DEVICE (cuda; cpu tries the script out), OUT (benchmarks/results),
-# QUICK=1 (tiny sizes), BUDGET (seconds in all, 540: what is left of it bounds each measurement).
+# QUICK=1 (tiny sizes), BUDGET (seconds in all, 540: what is left of it bounds each measurement),
+# PARTS ("check simulate train"), RESUME=1 (go on with the simulator's results that are there).
 set -uo pipefail
 
 wheels=${1:+$(realpath "$1")}
@@ -16,12 +17,14 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-benchmarks/results}
 budget=${BUDGET:-540}
+parts=" ${PARTS:-check simulate train} "
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=()
 
+wanted() { [[ $parts == *" $1 "* ]]; }
 left() { echo $((budget - SECONDS)); }
 
 # Runs one part under what is left of the budget; a part that fails does not stop the others.
@@ -64,35 +67,45 @@ PYTHON
 if [ -n "${QUICK:-}" ]; then
     sizes=(--num-envs 32 --max-steps 20 --minibatch-size 320 --iterations 2 --warmup 1 --episodes 16)
     scenarios=(navigation)
-    simulator=(--num-envs 32 --steps 4 --warmup 1 --repetitions 2)
+    simulator=(--scenarios dropout --num-envs 32 64 --modes eager trace --steps 4 --warmup 4 --repetitions 2
+        --seconds 0.05)
 else
     sizes=(--num-envs 4096 --max-steps 100 --minibatch-size 65536 --iterations 5 --warmup 2 --episodes 1024)
     scenarios=(navigation balance)
-    simulator=(--num-envs 4096)
+    modes=(eager compile)
+    [ "${device%%:*}" = cuda ] && modes+=(cudagraph)
+    simulator=(--scenarios balance simple_spread navigation --num-envs 4096 16384 65536 --modes "${modes[@]}"
+        --repetitions 3 --timeout 420)
 fi
+simulated="$out/simulate-$device.json"
+[ -n "${RESUME:-}" ] && simulator+=(--resume-from "$simulated")
 common=(benchmarks/train.py --scenario "${scenarios[@]}" "${sizes[@]}" --device "$device" --eval-every 100
     --output "$out/train-$device.json")
 benchmarl=()
 [ -n "$wheels" ] && benchmarl=(--benchmarl-venv "$work/benchmarl" --wheels "$wheels")
 
-part "correctness: the device against the CPU" \
-    "$python" benchmarks/gpu_check.py --device "$device" --output "$out/check-$device.json"
-# pytest's exit code 5, no test found, is a failure here: it would mean that nothing was checked.
-part "correctness: tests that name the device" \
-    "$python" -m pytest --no-header -p no:cacheprovider -k "cuda or gpu or device" tests
-part "speed: tdmarl eager beside a TorchRL loop" \
-    "$python" "${common[@]}" --contenders tdmarl torchrl --mode eager
-if [ -f benchmarks/simulate.py ]; then
-    part "speed: the simulator alone" \
-        "$python" benchmarks/simulate.py --device "$device" "${simulator[@]}" --out "$out/simulate-$device.json"
+if wanted check; then
+    part "correctness: the device against the CPU" \
+        "$python" benchmarks/gpu_check.py --device "$device" --output "$out/check-$device.json"
+    # pytest's exit code 5, no test found, is a failure here: it would mean that nothing was checked.
+    part "correctness: tests that name the device" \
+        "$python" -m pytest --no-header -p no:cacheprovider -k "cuda or gpu or device" tests
 fi
-for mode in compile cudagraph; do
-    [ "$mode" = cudagraph ] && [ "${device%%:*}" != cuda ] && continue
-    part "speed: tdmarl with mode=$mode" "$python" "${common[@]}" --contenders tdmarl --mode "$mode"
-done
-part "speed: tdmarl beside BenchMARL" \
-    "$python" "${common[@]}" --contenders tdmarl benchmarl --mode eager "${benchmarl[@]}" \
-    --output "$out/train-$device-benchmarl.json"
+if wanted simulate; then
+    part "speed: the simulator alone" \
+        "$python" benchmarks/simulate.py --device "$device" "${simulator[@]}" --out "$simulated"
+fi
+if wanted train; then
+    part "speed: tdmarl eager beside a TorchRL loop" \
+        "$python" "${common[@]}" --contenders tdmarl torchrl --mode eager
+    for mode in compile cudagraph; do
+        [ "$mode" = cudagraph ] && [ "${device%%:*}" != cuda ] && continue
+        part "speed: tdmarl with mode=$mode" "$python" "${common[@]}" --contenders tdmarl --mode "$mode"
+    done
+    part "speed: tdmarl beside BenchMARL" \
+        "$python" "${common[@]}" --contenders tdmarl benchmarl --mode eager "${benchmarl[@]}" \
+        --output "$out/train-$device-benchmarl.json"
+fi
 
 ls -l "$out"
 if [ ${#failed[@]} -gt 0 ]; then

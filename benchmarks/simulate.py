@@ -1,206 +1,232 @@
-"""Measures how fast VMAS is collected: our environment against TorchRL's `VmasEnv` and `Collector`, side by
-side.
+"""Measures how fast VMAS is simulated: tdmarl's `VmasEnv` and `Collector`, TorchRL's, and VMAS by itself.
 
-    python benchmarks/simulate.py                       # balance, 1024 environments, natural ends
-    python benchmarks/simulate.py --num-envs 128 --steps 50 --repetitions 3 --out /tmp/simulate.json
+    python benchmarks/simulate.py --scenarios balance navigation --num-envs 1024  # two cases
+    python benchmarks/simulate.py --scenarios all --resume-from all.json          # goes on where it stopped
+    python benchmarks/simulate.py --scenarios simple_spread --agents 2 4 8 16     # how time grows with agents
 
-Both sides run the same policy and hand out the same `[num_envs, steps]` tensordict. Repetitions alternate,
-medians are compared. The time of resetting 1 and half of the environments is measured as well.
+A case is a scenario with a number of environments (and of agents). Each is measured in a process of its own,
+so that one that crashes or takes too long is recorded with its reason and the others go on. Contenders take
+turns, and ratios are taken turn by turn. Results are written after each case, a picture at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
-import random
-import statistics
+import signal
 import subprocess
-import time
-import warnings
+import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
-import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
-
-from tdmarl.envs.vmas import VmasEnv
+from simulate_summary import ratios, summary, table, text
 
 HERE = Path(__file__).resolve().parent
+MODES = ("eager", "trace", "compile", "cudagraph")
+CONTENDERS = ("tdmarl", "torchrl", "vmas")
+SAME = ("device", "threads", "max_steps", "warm_cache")  # what one results file has in common
+KEY = ("scenario", "num_envs", "n_agents", "modes", "contenders")
+LARGEST = 2**19  # frames of a batch, which is kept in memory
 
 
-class NoisyLinear(nn.Module):
-    """Acts at a fixed cost: tanh of a linear map and unit noise."""
+def shipped() -> list[str]:
+    """The names of all scenarios that VMAS ships."""
+    import vmas
 
-    def __init__(self, observation: int, action: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(observation, action)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        """An action in (-1, 1)."""
-        mean = self.linear(observation)
-        return torch.tanh(mean + torch.randn_like(mean))
+    return sorted([*vmas.scenarios, *vmas.debug_scenarios, *vmas.mpe_scenarios])
 
 
-def make_policy(env: Any) -> TensorDictModule:
-    """The policy for all agents of the environment's only group."""
-    (group,) = env.group_map
-    observation = env.observation_spec_unbatched[group, "observation"].shape[-1]
-    action = env.full_action_spec_unbatched[group, "action"].shape[-1]
-    torch.manual_seed(0)
-    module = NoisyLinear(observation, action).to(env.device)
-    return TensorDictModule(module, in_keys=[(group, "observation")], out_keys=[(group, "action")])
+def measure(settings: dict[str, Any], timeout: float, warm_cache: bool) -> dict[str, Any]:
+    """One case in a process of its own; a record even where that process fails.
+
+    Args:
+        settings (dict): scenario, sizes, contenders and how to measure.
+        timeout (float): seconds after which the process and all that it started are killed.
+        warm_cache (bool): uses what PyTorch has compiled in earlier runs.
+    """
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
+        given, out = Path(folder, "settings.json"), Path(folder, "result.json")
+        given.write_text(json.dumps(settings))
+        threads = str(settings["threads"])
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if not warm_cache:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "cache"))
+        worker = subprocess.Popen(
+            [sys.executable, str(HERE / "simulate_worker.py"), str(given), str(out)],
+            stdout=said,
+            stderr=said,
+            env=environment,
+            start_new_session=True,  # a compiler's own processes end with it
+        )
+        problem = None
+        try:
+            if worker.wait(timeout) != 0:
+                problem = f"exit code {worker.returncode}"
+        except subprocess.TimeoutExpired:
+            problem = f"took more than {timeout:g} s"
+        finally:
+            try:
+                os.killpg(worker.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            worker.wait()
+        result = json.loads(out.read_text()) if out.exists() else {"measured": {}, "failed": {}}
+        if problem is not None:
+            said.seek(0)
+            words = [line for line in said.read().splitlines() if line.strip()]
+            result["failed"]["process"] = f"{problem}; last said: {' | '.join(words[-3:])[-600:]}"
+    case = {name: settings[name] for name in KEY}
+    return {**case, "commit": commit(), **result, "ratios": ratios(result["measured"])}
 
 
-def stepping(env: VmasEnv, policy: TensorDictModule, steps: int) -> Callable[[], TensorDictBase]:
-    """Our side: `EnvBase.step` and the masked reset in a loop."""
-    tensordict = env.reset()
-
-    def collect() -> TensorDictBase:
-        nonlocal tensordict
-        found = []
-        with torch.no_grad():
-            for _ in range(steps):
-                found.append(env.step(policy(tensordict)))
-                tensordict = env.reset_done(found[-1]["next"])
-        return torch.stack(found, 1)
-
-    return collect
-
-
-def collecting(
-    collector_class: Any, env: Any, policy: TensorDictModule, steps: int
-) -> Callable[[], TensorDictBase]:
-    """A collector's side."""
-    frames = env.batch_size[0] * steps
-    collector = collector_class(env, policy, frames_per_batch=frames, total_frames=frames * 10**6)
-    iterator = iter(collector)
-    return lambda: next(iterator)
-
-
-def seconds(function: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
-    """Wall time and this process's CPU time of one call, and what it returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start, cpu = time.perf_counter(), time.process_time()
-    found = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - cpu, found
-
-
-def reset_times(env: VmasEnv, repetitions: int) -> dict[str, float]:
-    """Median seconds of resetting one and half of the environments; on a CPU its time, not the wall's."""
-    found: dict[str, list[float]] = {"reset_one": [], "reset_half": []}
-    masks = {"reset_one": 1, "reset_half": env.num_envs // 2}
-    for _ in range(repetitions):
-        for name, count in random.sample(sorted(masks.items()), 2):
-            mask = (torch.arange(env.num_envs, device=env.device) < count).unsqueeze(-1)  # [E, 1]
-            tensordict = TensorDict({"_reset": mask}, batch_size=env.batch_size, device=env.device)
-            found[name].append(seconds(lambda: env.reset(tensordict), env.device)[env.device.type == "cpu"])
-    return {name: statistics.median(times) for name, times in found.items()}
+def commit() -> str | None:
+    """The commit that is checked out, with a plus where files differ from it."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on and with."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    cpu = (
-        [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
+    """What the numbers are measured on and with; the GPU stands in each case."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     packages = "torch", "torchrl", "tensordict", "vmas"
     return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": len(cpu),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
 
 
-def parse() -> argparse.Namespace:
+def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Settings of all cases, small ones first."""
+    names = shipped() if args.scenarios == ["all"] else args.scenarios
+    found = []
+    for num_envs, n_agents, scenario in itertools.product(args.num_envs, args.agents or [None], names):
+        found.append(
+            {
+                "scenario": scenario,
+                "num_envs": num_envs,
+                "n_agents": n_agents,
+                "modes": args.modes,
+                "contenders": args.contenders,
+                "steps": max(1, min(args.steps, LARGEST // num_envs)),
+                **{name: getattr(args, name) for name in ("warmup", "seconds", "repetitions")},
+                **{name: getattr(args, name) for name in ("device", "threads", "max_steps")},
+            }
+        )
+    return found
+
+
+def started(args: argparse.Namespace) -> dict[str, Any]:
+    """The results to add to: those of `--resume-from`, or none.
+
+    Raises:
+        ValueError: they were measured on another machine or with other settings.
+    """
+    common = {name: getattr(args, name) for name in SAME}
+    fresh: dict[str, Any] = {"machine": machine(), "settings": common, "cases": []}
+    if args.resume_from is None or not args.resume_from.exists():
+        return fresh
+    found = json.loads(args.resume_from.read_text())
+    for part in ("machine", "settings"):
+        for name, value in fresh[part].items():
+            if found[part].get(name) != value:
+                raise ValueError(
+                    f"{args.resume_from} was measured with {name}={found[part].get(name)!r}, this run has"
+                    f" {value!r}: begin a new file with --out"
+                )
+    return {**fresh, "cases": found["cases"]}
+
+
+def is_there(case: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a record is the case of the settings."""
+    return all(case[name] == settings[name] for name in KEY)
+
+
+def save(result: dict[str, Any], out: Path, picture: bool = True) -> None:
+    """Writes the results with their summary, and the picture beside them where matplotlib is installed."""
+    result["summary"] = summary(result["cases"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(out)
+    if picture:
+        try:
+            from simulate_plot import plot
+
+            plot(result, out.with_suffix(".png"))
+        except ImportError as error:
+            print(f"no picture: {error}", file=sys.stderr)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scenario", default="balance")
-    parser.add_argument("--num-envs", type=int, default=1024)
-    parser.add_argument("--max-steps", type=int, default=None, help="time limit; default: natural ends only")
-    parser.add_argument("--steps", type=int, default=32, help="environment steps per repetition")
-    parser.add_argument("--warmup", type=int, default=3, help="repetitions before measuring")
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "simulate.json")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--scenarios", nargs="+", default=["balance"], help="names, or all (default: balance)")
+    add("--num-envs", nargs="+", type=int, default=[1024], help="numbers of environments")
+    add("--agents", nargs="+", type=int, help="numbers of agents (n_agents), for scenarios that take one")
+    add("--modes", nargs="+", choices=MODES, default=["eager", "compile"], help="tdmarl's modes")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who is measured")
+    add("--max-steps", type=int, help="time limit; default: episodes end where the scenario ends them")
+    add("--repetitions", type=int, default=5, help="turns of each contender")
+    add("--seconds", type=float, default=1.0, help="length of a turn; at least one batch is made")
+    add("--steps", type=int, default=32, help="steps in a batch; fewer where that is too large or slow")
+    add("--warmup", type=int, default=100, help="steps before the first turn, in at most ten turns' time")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=1, help="threads of each contender")
+    add("--timeout", type=float, default=1800.0, help="seconds that a case may take, compiling included")
+    add("--warm-cache", action="store_true", help="use what was compiled before: no first compile times")
+    add("--out", type=Path, help="results file (default: --resume-from, or results/simulate.json)")
+    add("--resume-from", type=Path, help="results to add to; the cases that are there are left out")
+    add("--retry", action="store_true", help="measure again the cases that are there with a failure")
+    args = parser.parse_args(arguments)
+    args.out = args.out or args.resume_from or HERE / "results" / "simulate.json"
+    return args
 
 
-def main() -> None:
-    """Measures and writes the result."""
-    from torchrl.collectors import Collector
-    from torchrl.envs import VmasEnv as TorchRLVmasEnv
-
-    warnings.filterwarnings("ignore")
-    args = parse()
-    torch.set_num_threads(args.threads)
-    arguments: dict[str, Any] = dict(
-        scenario=args.scenario, num_envs=args.num_envs, max_steps=args.max_steps, device=args.device, seed=0
-    )
-    ours = VmasEnv(**arguments)
-    stock = TorchRLVmasEnv(**arguments)
-    sides = {
-        "tdmarl_step": stepping(ours, make_policy(ours), args.steps),
-        "torchrl": collecting(Collector, stock, make_policy(stock), args.steps),
-    }
+def main(arguments: list[str] | None = None) -> int:
+    """Measures what is not there yet; returns the exit code."""
+    args = parse(arguments)
     try:
-        from tdmarl.collect import Collector as OurCollector
-    except ImportError:
-        pass
-    else:
-        env = VmasEnv(**arguments)
-        sides["tdmarl_collector"] = collecting(OurCollector, env, make_policy(env), args.steps)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    cpu_times: dict[str, list[float]] = {name: [] for name in sides}
-    ends: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in range(args.warmup + args.repetitions):
-        for name, collect in sides.items():
-            elapsed, cpu, batch = seconds(collect, ours.device)
-            if repetition >= args.warmup:
-                times[name].append(elapsed)
-                cpu_times[name].append(cpu)
-                ends[name].append(batch["next", "done"].float().mean().item())
-    resets = reset_times(ours, repetitions=100)
-    frames = args.num_envs * args.steps
-    result: dict[str, Any] = {
-        "arguments": {**vars(args), "out": args.out.name},
-        "frames_per_second": {name: frames / statistics.median(found) for name, found in times.items()},
-        "seconds": times,
-        "ends_per_frame": {name: statistics.mean(found) for name, found in ends.items()},
-        "ratio": {
-            name: statistics.median(times["torchrl"]) / statistics.median(found)
-            for name, found in times.items()
-        },
-        "ratio_of_cpu_time": {
-            name: statistics.median(cpu_times["torchrl"]) / statistics.median(found)
-            for name, found in cpu_times.items()
-        },
-        **resets,
-        "reset_ratio": max(resets.values()) / min(resets.values()),
-        "machine": machine(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "seconds"}, indent=2))
+        result = started(args)
+    except ValueError as error:
+        print(f"simulate.py: error: {error}", file=sys.stderr)
+        return 2
+    wanted = cases(args)
+    for place, settings in enumerate(wanted, 1):
+        known = [case for case in result["cases"] if is_there(case, settings)]
+        if known and not (args.retry and known[0]["failed"]):
+            continue
+        agents = "" if settings["n_agents"] is None else f", {settings['n_agents']} agents"
+        print(
+            f"{place} of {len(wanted)}: {settings['scenario']}, {settings['num_envs']} environments{agents}",
+            file=sys.stderr,
+            flush=True,
+        )
+        case = measure(settings, args.timeout, args.warm_cache)
+        result["cases"] = [other for other in result["cases"] if other not in known] + [case]
+        save(result, args.out, picture=False)
+        print(table([case]), file=sys.stderr, flush=True)
+    save(result, args.out)
+    print(table(result["cases"]))
+    print(text(result["summary"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker too
+    sys.exit(main())

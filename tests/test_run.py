@@ -428,3 +428,14 @@ def test_the_class_stays_small_and_has_no_loop_over_iterations() -> None:
         "for number, handler in self.handlers.items()"
     ]
     assert "mappo" not in inspect.getsource(run).replace('algorithm="mappo"', "")
+
+
+def test_a_resumed_run_simulates_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(Env, "mode", "compile", raising=False)
+    monkeypatch.setattr(Env, "compile", lambda self: compiled.append(self.mode), raising=False)
+    assert call("--out", str(tmp_path / "run")) == 0
+    assert compiled == ["compile"]  # before the first step
+    longer = TinyOptions(resume=str(tmp_path / "run"), total_frames=10**9)
+    assert longer.simulation() == {"mode": "compile", "expected_steps": 500_000_000}
+    assert TinyOptions().simulation() == {"mode": "auto", "expected_steps": 20}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -14,7 +16,7 @@ from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last
 from tdmarl.envs.recording import Recording
-from tdmarl.envs.slots import walk
+from tdmarl.envs.slots import python_values, walk
 
 _PERIOD = 16  # resets between two draws of initial states for all environments
 
@@ -47,8 +49,8 @@ class CompiledVmas:
         spare_resets: bool,
         max_steps: int | None,
     ) -> None:
-        if core.slots.numbers:
-            raise tracing.Untraceable(f"the Python number {core.slots.numbers[0]} changes from step to step")
+        if core.slots.changing:
+            raise tracing.Untraceable(f"the Python value {core.slots.changing[0]} changes from step to step")
         self._core, self._groups = core, display.groups if check else []
         self._envs, self._spare_resets = core.simulation.envs, spare_resets
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
@@ -60,7 +62,10 @@ class CompiledVmas:
         core.held, simulation.fixed_size, simulation.grad_mode = None, True, torch.no_grad
         try:
             with core.streams:
+                drawn = _host_draws()
                 self.recording = Recording(core, display, mode, check, spare_resets)
+                if _host_draws() != drawn:
+                    raise tracing.Untraceable("it draws numbers from NumPy or from Python's random")
         finally:  # recording is no step, no reset and no draw
             simulation.fixed_size, simulation.grad_mode = fixed_size, grad_mode
             core.streams.load_state(streams)
@@ -142,11 +147,17 @@ class CompiledVmas:
         return self._spares
 
     def _frozen(self) -> dict[str, Any]:
+        scenario = self._core.simulation.scenario
         slots = {name for names in self._core.slots.names.values() for name in names}
-        found: dict[str, Any] = {}
-        for name, _, value in walk(self._core.simulation.scenario):
-            if isinstance(value, (bool, int, float, str)) and value == value:
-                found[name] = value
-            elif isinstance(value, Tensor) and name not in slots:
-                found[name] = id(value), value._version
-        return found
+        fixed = {
+            name: (id(value), value._version)
+            for name, _, value in walk(scenario)
+            if isinstance(value, Tensor) and name not in slots
+        }
+        return python_values(scenario) | fixed
+
+
+def _host_draws() -> tuple[Any, ...]:
+    """Where the random streams of NumPy and Python stand."""
+    state: Any = np.random.get_state(legacy=False)
+    return state["state"]["key"].tolist(), state["state"]["pos"], random.getstate()

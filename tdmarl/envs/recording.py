@@ -29,7 +29,8 @@ from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
-_SEEN = "_state._pos", "_state._rot"  # a picture needs these, whatever agents observe
+# A picture needs these, whatever agents observe.
+_SEEN = "_state._pos", "_state._rot", "._render", "._color", "._last_measurement"
 
 Traced = Callable[..., list[Tensor]]
 

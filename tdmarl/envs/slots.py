@@ -86,6 +86,8 @@ class Slots:
         by_reset: set[str] = set()
         partitions, first = [_partition(twin)], _tensors(twin)
         numbers, changed, changed_numbers = _numbers(twin), {}, {}
+        python = python_values(twin)
+        self.changing: list[str] = []
         for move in moves:
             before = {name: (value, value._version) for name, value in _tensors(twin).items()}
             move()
@@ -100,6 +102,12 @@ class Slots:
                 {name: now[name] for name in now.keys() & numbers.keys() if now[name] != numbers[name]}
             )
             numbers = now
+            before_python, python = python, python_values(twin)
+            self.changing += [
+                name
+                for name in before_python.keys() | python.keys()
+                if before_python.get(name) != python.get(name)
+            ]
         last = _tensors(twin)
         groups: dict[Any, list[str]] = {}
         for name in changed:
@@ -176,6 +184,34 @@ def _tensors(root: Any) -> dict[str, Tensor]:
 
 def _numbers(root: Any) -> dict[str, float]:
     return {name: value for name, _, value in walk(root) if isinstance(value, (bool, int, float))}
+
+
+def python_values(root: Any) -> dict[str, Any]:
+    """What a program's Python holds besides tensors: values, kinds of objects, and which of them are one.
+
+    An object that is found at several places is known by the first. Numbers and words of the modules that
+    define the root's methods count, too.
+    """
+    found: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, _, value in walk(root):
+        if isinstance(value, (bool, int, float, str, type(None))):
+            found[name] = value if value == value else "nan"
+        elif not isinstance(value, Tensor):
+            length = len(value) if isinstance(value, (list, tuple)) else None
+            found[name] = first.setdefault(id(value), name), type(value), length
+    methods = (method for kind in type(root).__mro__ for method in vars(kind).values())
+    modules = {id(m.__globals__): m.__globals__ for m in methods if isinstance(m, types.FunctionType)}
+    for module in modules.values():
+        for name, value in module.items():
+            plain = (bool, int, float, str)
+            if not name.startswith("__") and isinstance(value, (*plain, list, dict)):
+                parts: Any = value.values() if isinstance(value, dict) else value
+                held = (
+                    value if isinstance(value, plain) else [part for part in parts if isinstance(part, plain)]
+                )
+                found[f"{module.get('__name__')}.{name}"] = held
+    return found
 
 
 def _partition(root: Any) -> dict[str, frozenset[str]]:

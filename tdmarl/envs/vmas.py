@@ -17,6 +17,7 @@ from tdmarl.envs.capture import Part
 from tdmarl.envs.compiled import CompiledVmas
 from tdmarl.envs.functional import FunctionalVmas, Merge
 from tdmarl.envs.groups import Display, make_groups, make_specs
+from tdmarl.envs.scenarios import replaced
 from tdmarl.envs.tracing import Untraceable
 
 
@@ -66,7 +67,8 @@ class _Compiled(EnvBase):
         """The VMAS scenario object that runs, in its present state.
 
         In a compiled mode its Python is frozen in graphs: what is changed here holds from the next step on, and
-        where that changes a frozen value, the graphs are made anew, which takes as long as the first time.
+        where that changes a frozen value, the graphs are made anew, which takes as long as the first time. Ask for
+        it before each change; later changes to an object that was kept are not seen.
         """
         self.core.into_objects()
         self._touched = True
@@ -350,7 +352,14 @@ class VmasEnv(_Saved):
         if self._viewer is None:
             self._viewer = make_viewer(self.core.simulation, self.continuous_actions)
         self.core.into_objects()
-        return self._viewer.render(mode="rgb_array", env_index=env_index, **kwargs)
+        entities = self.core.simulation.world.entities
+        own = [
+            (e, "_color", e._color[env_index])
+            for e in entities
+            if isinstance(e._color, Tensor) and e._color.ndim > 1
+        ]
+        with replaced(*own):  # where a choice of each environment's own colours entities
+            return self._viewer.render(mode="rgb_array", env_index=env_index, **kwargs)
 
     def to(self, device: Any) -> VmasEnv:
         """This environment if it is there already.

@@ -1,0 +1,165 @@
+"""Recorded steps and resets ask the device nothing, run without one, and come in pieces where that is smaller.
+
+Runs some scenarios; all of them: `VMAS_ALL=1 python -m pytest tests/envs/test_recording.py` (ten minutes).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import vmas
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tdmarl
+from tdmarl.envs import recording
+from tdmarl.envs.capture import Function
+from tdmarl.envs.scenarios import UNSUPPORTED
+from tdmarl.envs.vmas import VmasEnv
+
+ALL = [n for n in vmas.scenarios + vmas.mpe_scenarios + vmas.debug_scenarios if n not in UNSUPPORTED]
+SOME = ["simple_reference", "navigation", "transport", "dispersion", "goal"]
+NAMES = ALL if os.environ.get("VMAS_ALL") else SOME
+READS = {"_local_scalar_dense", "item", "nonzero", "nonzero_static", "is_nonzero", "masked_select", "equal", "unique2"}
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where the host would have to wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0].strip("_")
+        indices = args[1] if name in ("index", "index_put", "unsafe_index") else []
+        by_mask = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
+        if by_mask or name in {read.strip("_") for read in READS}:
+            raise AssertionError(f"{func} reads the device")
+        return func(*args, **(kwargs or {}))
+
+
+def make(name: str, **kwargs: Any) -> VmasEnv:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = VmasEnv(name, **{"num_envs": 6, "seed": 0, "mode": "trace", **kwargs})
+        env.compile()
+    assert env.mode == "trace", env.fallback_reason
+    return env
+
+
+def functions(env: VmasEnv) -> dict[str, Function]:
+    """What was recorded, by name."""
+    assert env._compiled is not None
+    found = env._compiled.recording
+    others = {name: getattr(found, name) for name in ("refill", "take", "renew") if hasattr(found, name)}
+    return {**found._moves, **others}
+
+
+@pytest.mark.parametrize("read", [bool, float, lambda x: x.nonzero(), lambda x: x[x > 0]])
+def test_the_guard_sees_reads(read: Any) -> None:
+    with pytest.raises(AssertionError, match="reads the device"), NoReads():
+        read(torch.ones(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_resets_and_rollouts_ask_nothing(name: str) -> None:
+    env = make(name, max_steps=3)
+    algorithm = tdmarl.ippo(env) if len(env.group_map) == 1 else None
+    if algorithm is not None:
+        collector = tdmarl.Collector(env, algorithm.explore, frames_per_batch=6 * 5)
+        collector.rollout()
+        with NoReads():
+            collector.rollout()
+    tensordict = env.rand_action(env.reset())
+    for _ in range(2):
+        with NoReads():
+            tensordict = env.reset_done(env.step(tensordict)["next"])
+        env.rand_action(tensordict)
+    some = env._last.clone().set("done", (torch.arange(6) < 3).unsqueeze(-1))
+    with NoReads():
+        env.reset_done(some)
+
+
+def on_meta(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph for a device that has no memory: whatever reads a value fails there."""
+    graph = copy.deepcopy(graph).to("meta")
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map_only(
+            torch.device, lambda _: torch.device("meta"), (node.args, node.kwargs)
+        )
+    graph.recompile()
+    return graph
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graphs_run_without_a_device(name: str) -> None:
+    env = make(name)
+    recorded = env._compiled.recording
+    seen: dict[str, list[Tensor]] = {}
+    for key, function in functions(env).items():
+        graph = function.graph
+
+        def call(*inputs: Tensor, key: str = key, graph: fx.GraphModule = graph) -> list[Tensor]:
+            seen[key] = list(inputs)
+            return graph(*inputs)
+
+        function._call = call
+    env.reset_done(env.step(env.rand_action(env.reset()))["next"])
+    assert set(seen) == set(functions(env)), "a function was not called"
+    for key, function in functions(env).items():
+        expected = function.graph(*seen[key])
+        found = on_meta(function.graph)(*[x.to("meta") for x in seen[key]])
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected], key
+        assert all(x.is_meta for x in found)
+    assert recorded.report.keys() == seen.keys()
+
+
+@pytest.mark.parametrize("name", ["goal"])
+def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of five substeps: the first with the actions, the rest of them, and what is shown."""
+    whole = make(name, max_steps=4)
+    monkeypatch.setattr(recording, "_LARGE", 0)
+    pieces = make(name, max_steps=4)
+    assert set(functions(whole)) == {"step", "refill", "take"}
+    assert set(functions(pieces)) == {"begin", "go_on", "end", "refill", "take"}
+    a, b = whole.reset(), pieces.reset()
+    for _ in range(8):
+        action = whole.rand_action()["agents", "action"]
+        a, b = (e.step(td.set(("agents", "action"), action))["next"] for e, td in ((whole, a), (pieces, b)))
+        for key in a.keys(True, True):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-5)
+        a, b = whole.reset_done(a), pieces.reset_done(b)
+
+
+def test_only_what_is_needed_is_carried_on() -> None:
+    """What an agent's own velocity was before it is set anew, say, or a landmark's velocity, is not."""
+    env = make("simple_spread")
+    carried, all_slots = env._compiled.recording.names, {"steps", *env.core.slots.names}
+    assert set(carried) < all_slots
+    assert sum(name.endswith("_state._pos") for name in carried) == len(env.core.simulation.world.entities)
+
+
+@pytest.mark.parametrize("name", ["simple_spread", "goal"])
+def test_recording_leaves_no_trace(name: str) -> None:
+    """Neither state nor random numbers are moved, and VMAS's own code goes on as if there had been none."""
+    env, other = (VmasEnv(name, num_envs=6, seed=0, mode=mode, spare_resets=False) for mode in ("trace", "eager"))
+    before = env.state_dict()
+    env.compile()
+    after = env.state_dict()
+    assert before.keys() == after.keys() and env.mode == "trace"
+    for key in before:
+        torch.testing.assert_close(before[key], after[key], rtol=0, atol=0, equal_nan=True, msg=key)
+    simulation = env.core.simulation
+    assert not simulation.fixed_size
+    state = env.get_state().apply(lambda x: x.contiguous())  # sums depend on the order in memory
+    env.mode, env._compiled, env.core.held = "eager", None, None
+    env.set_state(state)
+    for _ in range(3):
+        torch.manual_seed(0)
+        action = env.rand_action()
+        a, b = env.step(action.clone())["next"], other.step(action.clone())["next"]
+        for key in a.keys(True, True):
+            assert torch.equal(a[key], b[key]), key
