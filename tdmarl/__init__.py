@@ -6,6 +6,7 @@ from tdmarl.algorithms import Algorithm, happo, ippo, mappo
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.envs.check import check_env
+from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
 from tdmarl.keys import Group, Team, team
@@ -47,6 +48,7 @@ __all__ = [
     "VmasEnv",
     "categorical_actor",
     "check_env",
+    "continuous_game",
     "evaluate",
     "gaussian_actor",
     "generalized_advantage",
@@ -54,9 +56,12 @@ __all__ = [
     "ippo",
     "load_policy",
     "mappo",
+    "matrix_game",
+    "memory_game",
     "reduce",
     "replay_buffer",
     "state_critic",
     "stochastic_actor",
     "team",
+    "two_step_game",
 ]
