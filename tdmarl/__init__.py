@@ -6,7 +6,9 @@ from tdmarl.algorithms import Algorithm, happo, ippo, mappo
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.envs.check import check_env
+from tdmarl.envs.foraging import foraging
 from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
+from tdmarl.envs.pettingzoo import PettingZooEnv
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
 from tdmarl.keys import Group, Team, team
@@ -37,6 +39,7 @@ __all__ = [
     "OnPolicyOptions",
     "Options",
     "Part",
+    "PettingZooEnv",
     "PolicyLoss",
     "Run",
     "SequentialLearner",
@@ -50,6 +53,7 @@ __all__ = [
     "check_env",
     "continuous_game",
     "evaluate",
+    "foraging",
     "gaussian_actor",
     "generalized_advantage",
     "happo",

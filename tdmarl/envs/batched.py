@@ -77,24 +77,9 @@ class BatchedEnv(EnvBase):
         self.group_map = {group: list(agents) for group, agents in game.group_map.items()}
         self._random = torch.Generator(device).manual_seed(seed)
         self._state = self._start()
-        self._make_specs()
-
-    def _make_specs(self) -> None:
-        shown, where = self._show(), {"device": self.device}
-        action, observation, reward, done = (Composite(**where) for _ in range(4))
-        for key in ENDS:
-            done[key] = Categorical(2, shape=(1,), dtype=torch.bool, **where)
-        for group, spec in self.game.actions().items():
-            n = (len(self.group_map[group]),)
-            action[group] = Composite(action=spec.to(self.device), shape=n, **where)
-            reward[group] = Composite(reward=Unbounded((*n, 1), **where), shape=n, **where)
-            flags = {key: Categorical(2, shape=(*n, 1), dtype=torch.bool, **where) for key in ENDS}
-            done[group] = Composite(flags, shape=n, **where)
-            observation[group] = _spec(shown.get(group).exclude(*ENDS), n)
-        if "state" in shown.keys():
-            observation["state"] = _spec(shown.get("state"), ())
-        self.full_action_spec_unbatched, self.full_observation_spec_unbatched = action, observation
-        self.full_reward_spec_unbatched, self.full_done_spec_unbatched = reward, done
+        specs = make_specs(self.group_map, game.actions(), self._show())
+        self.full_action_spec_unbatched, self.full_observation_spec_unbatched = specs[:2]
+        self.full_reward_spec_unbatched, self.full_done_spec_unbatched = specs[2:]
 
     def _start(self) -> TensorDict:
         """Initial states of all environments, always drawn for all, so that no reset depends on who is reset."""
@@ -214,6 +199,32 @@ class BatchedEnv(EnvBase):
                 f"with device={str(device)!r}."
             )
         return self
+
+
+def make_specs(
+    group_map: dict[str, list[str]], actions: dict[str, TensorSpec], shown: TensorDict
+) -> tuple[Composite, Composite, Composite, Composite]:
+    """Specs of action, observation, reward and done of one environment, from what all show.
+
+    Args:
+        group_map (dict): group to the names of its agents.
+        actions (dict): group to the spec of its action, ``[n]`` or ``[n, a]``.
+        shown (TensorDict): observations and ends, ``[E]``.
+    """
+    where: Any = {"device": shown.device}
+    action, observation, reward, done = (Composite(**where) for _ in range(4))
+    for key in ENDS:
+        done[key] = Categorical(2, shape=(1,), dtype=torch.bool, **where)
+    for group, agents in group_map.items():
+        n = (len(agents),)
+        action[group] = Composite(action=actions[group].to(shown.device), shape=n, **where)
+        reward[group] = Composite(reward=Unbounded((*n, 1), **where), shape=n, **where)
+        flags = {key: Categorical(2, shape=(*n, 1), dtype=torch.bool, **where) for key in ENDS}
+        done[group] = Composite(flags, shape=n, **where)
+        observation[group] = _spec(shown.get(group).exclude(*ENDS), n)
+    if "state" in shown.keys():
+        observation["state"] = _spec(shown.get("state"), ())
+    return action, observation, reward, done
 
 
 def _spec(value: Any, batch: tuple[int, ...]) -> Any:
