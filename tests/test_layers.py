@@ -12,12 +12,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
-    {"keys", "reduce", "seeds"},
+    {"keys", "reduce", "seeds", "gru"},
     {"nets"},
+    {"recurrent"},
     {"actors"},
-    {"critics", "mixers"},
-    {"losses", "prepare", "step"},
-    {"learners"},
+    {"critics", "mixers", "q_actors"},
+    {"buffers", "losses", "prepare", "step", "targets"},
+    {"learners", "mixing", "replay"},
     {"envs", "collect", "log", "stats", "plot", "video", "distributed"},
     {"evaluate"},
     {"options"},
@@ -43,7 +44,9 @@ NO_ENVIRONMENTS = {
     "keys",
     "reduce",
     "seeds",
+    "gru",
     "nets",
+    "recurrent",
     "actors",
     "critics",
     "mixers",
