@@ -6,6 +6,7 @@ from tdmarl.algorithms import Algorithm, happo, ippo, mappo
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.envs.check import check_env
+from tdmarl.envs.combat import combat
 from tdmarl.envs.foraging import foraging
 from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
 from tdmarl.envs.pettingzoo import PettingZooEnv
@@ -51,6 +52,7 @@ __all__ = [
     "VmasEnv",
     "categorical_actor",
     "check_env",
+    "combat",
     "continuous_game",
     "evaluate",
     "foraging",
