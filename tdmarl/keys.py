@@ -22,6 +22,8 @@ entry                                  shape               meaning
 ``("next", "done")``                   ``[*B, 1]``         the environment's episode is over; also ``terminated`` ...
 ``"state"``                            ``[*B, s]``         global state (optional)
 ``"is_init"``                          ``[*B, 1]``         first step of an episode
+``(group, "actor_hidden")``            ``[*B, n, l, h]``   a recurrent actor's state before the step, of ``l`` layers;
+                                                           after it under ``next``; also ``critic_hidden``
 =====================================  ==================  =========================================================
 """
 
@@ -251,4 +253,5 @@ def collected(env: EnvBase, policy: Any) -> list[Key]:
     root += list(map(_tuple, env.full_done_spec.keys(True, True)))
     after = root + list(map(_tuple, env.full_reward_spec.keys(True, True)))
     written = list(map(_tuple, policy.out_keys))
-    return [*root, ("is_init",), *(("next", *key) for key in after), *written]
+    carried = [key[1:] for key in written if key[0] == "next"]  # to the next step
+    return [*root, ("is_init",), *(("next", *key) for key in after), *written, *carried]

@@ -18,7 +18,8 @@ LAYERS = [
     {"actors"},
     {"critics", "mixers", "q_actors"},
     {"buffers", "losses", "prepare", "step", "targets"},
-    {"learners", "mixing", "replay"},
+    {"learners", "team_values", "replay"},
+    {"mixing"},
     {"envs", "collect", "log", "stats", "plot", "video", "distributed"},
     {"evaluate"},
     {"options"},
@@ -50,7 +51,13 @@ NO_ENVIRONMENTS = {
     "actors",
     "critics",
     "mixers",
+    "q_actors",
+    "buffers",
     "losses",
+    "mixing",
+    "replay",
+    "targets",
+    "team_values",
     "prepare",
     "step",
     "learners",
@@ -108,7 +115,9 @@ def test_import_needs_only_torch_torchrl_and_tensordict():
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-@pytest.mark.parametrize("name", ["losses", "prepare", "step", "learners", "critics"])
+@pytest.mark.parametrize("name", [
+    "losses", "mixing", "prepare", "step", "learners", "critics", "replay", "buffers", "targets", "team_values",
+])  # fmt: skip
 def test_only_reduce_reduces(name):
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -125,7 +134,7 @@ def test_only_step_goes_backward():
                 assert path.name == "step.py", f"{path} line {node.lineno} differentiates"
 
 
-@pytest.mark.parametrize("name", sorted(NO_ENVIRONMENTS - {"algorithms", "mixers"} | {"collect", "evaluate"}))
+@pytest.mark.parametrize("name", sorted(NO_ENVIRONMENTS - {"algorithms"} | {"collect", "evaluate"}))
 def test_no_number_is_sent_to_the_device(name):
     """`torch.where` with a Python number makes a tensor of it on the host and copies it; `masked_fill` does not."""
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
