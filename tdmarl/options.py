@@ -118,6 +118,10 @@ class OnPolicyOptions(Options):
     """Largest norm of the actor's and of the critic's gradient."""
     anneal: bool = False
     """Let the learning rates and the entropy bonus fall to zero over --total-frames."""
+    recurrent: bool = False
+    """Let actor and critic remember: a gated recurrent unit after the hidden layers."""
+    chunk_length: int = 10
+    """With --recurrent: steps in the sequences learned from; divides the steps of a batch."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot be meant."""
@@ -127,6 +131,16 @@ class OnPolicyOptions(Options):
                 f"--minibatch-size {self.minibatch_size} must be between 1 and the batch's "
                 f"{self.frames_per_batch} frames (--frames-per-batch)"
             )
+        steps = self.frames_per_batch // self.num_envs
+        if self.recurrent and not (1 <= self.chunk_length <= steps and steps % self.chunk_length == 0):
+            raise ValueError(
+                f"--chunk-length {self.chunk_length} must divide the {steps} steps of a batch "
+                "(--frames-per-batch over --num-envs)"
+            )
+        if self.recurrent and self.minibatch_size < self.chunk_length:
+            raise ValueError(
+                f"--minibatch-size {self.minibatch_size} holds no sequence of --chunk-length {self.chunk_length}"
+            )
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of :func:`tdmarl.mappo`, :func:`tdmarl.ippo` and :func:`tdmarl.happo`."""
@@ -135,7 +149,11 @@ class OnPolicyOptions(Options):
             "seed", "mode",
         )  # fmt: skip
         horizon = self.total_frames if self.anneal else None
-        return {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
+        given = {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
+        if self.recurrent:  # minibatches are counted in rows, which are sequences then
+            rows = self.minibatch_size // self.chunk_length
+            given |= {"recurrent": "gru", "chunk_length": self.chunk_length, "minibatch_size": rows}
+        return given
 
 
 def flag(name: str) -> str:

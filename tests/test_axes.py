@@ -270,3 +270,33 @@ def test_two_teams_with_an_algorithm_each():
     assert torch.isfinite(metrics["loss_objective"]) and dataclasses.is_dataclass(chasers)
     returns = tdmarl.evaluate(env, TensorDictSequential(chasers.policy, runners.policy), episodes=4)
     assert {"chasers", "runners"} <= set(returns.keys())
+
+
+def test_teams_with_memory_of_unlike_groups_beside_a_team_without():
+    """States of actors and critics under each group, carried by one collector; only some learn from sequences."""
+    env = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2), "c": (2, 4, 1)}, horizon=7, mortal=True)
+    options = {"hidden": (16,), "num_epochs": 3, "lr": 3e-3}
+    pair = tdmarl.mappo(env, ("a", "b"), recurrent=8, chunk_length=5, share_buffer=False, **options)
+    other = tdmarl.happo(env, "c", recurrent=8, chunk_length=10, **options)
+    plain = tdmarl.ippo(env, "c", **options)
+    collector = tdmarl.Collector(
+        env, TensorDictSequential(pair.explore, other.explore), frames_per_batch=80, seed=0
+    )
+    both = TensorDictSequential(pair.policy, plain.policy)
+    before = tdmarl.evaluate(env, TensorDictSequential(pair.policy, other.policy), episodes=8)
+    for _ in range(12):
+        batch = collector.rollout()
+        assert (
+            pair.learner(batch)["loss_critic_a"].isfinite() and other.learner(batch)["loss_critic"].isfinite()
+        )
+    assert batch["a", "actor_hidden"].shape == batch["a", "critic_hidden"].shape == (4, 20, 2, 1, 8)
+    assert batch["critic_hidden"].shape == (4, 20, 1, 1, 8)  # of team c's one critic
+    begins = batch["is_init"].squeeze(-1)
+    for key in (("b", "actor_hidden"), ("b", "critic_hidden"), ("critic_hidden",)):
+        assert begins[:, 1:].any() and not batch[key][begins].any() and batch[key][~begins].any()
+        torch.testing.assert_close(
+            batch["next", *key][:, :-1][~begins[:, 1:]], batch[key][:, 1:][~begins[:, 1:]]
+        )
+    after = tdmarl.evaluate(env, TensorDictSequential(pair.policy, other.policy), episodes=8)
+    assert after["return_mean_agents"].mean() > before["return_mean_agents"].mean() * 0.7  # both are negative
+    assert tdmarl.evaluate(env, both, episodes=4)["c"].shape == (4, 2)

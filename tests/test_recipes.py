@@ -20,6 +20,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
 
+import tdmarl
 from tdmarl.log import read_metrics
 from tdmarl.plot import main as plot
 from tdmarl.saving import load_policy
@@ -169,6 +170,45 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
     assert not (tmp_path / "run").exists()
+
+
+MEMORY = [recipe for recipe in RECIPES if recipe.stem.split("_")[0] in ("happo", "ippo", "mappo")]
+
+
+SEQUENCES = [*TINY, "--recurrent", "--chunk-length", "5", "--total-frames", "80", "--eval-every", "0"]
+
+
+@pytest.mark.parametrize("recipe", MEMORY, ids=lambda recipe: recipe.stem)
+def test_a_recipe_with_memory_leaves_a_policy_with_memory(recipe: Path, tmp_path: Path) -> None:
+    finish(start(recipe, *SEQUENCES, "--out", str(tmp_path / "run")))
+    policy = load_policy(tmp_path / "run")
+    assert ("agents", "actor_hidden") in policy.in_keys
+    env = tdmarl.VmasEnv("navigation", num_envs=2, max_steps=3, seed=0, n_agents=3)
+    assert tdmarl.evaluate(env, policy, episodes=2)["length"].tolist() == [3, 3]
+
+
+def test_a_run_with_memory_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "mappo_vmas.py"
+    finish(start(recipe, *SEQUENCES, "--total-frames", "160", "--out", str(tmp_path / "whole")))
+    finish(start(recipe, *SEQUENCES, "--out", str(tmp_path / "run")))
+    finish(start(recipe, "--resume", str(tmp_path / "run"), "--total-frames", "160", disturbed=True))
+    assert complete_state(tmp_path / "run") == complete_state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--chunk-length", "3"], "--chunk-length 3 must divide the 10 steps of a batch"),
+    (["--minibatch-size", "9"], "--minibatch-size 9 holds no sequence of --chunk-length 10"),
+])  # fmt: skip
+def test_sequences_that_do_not_fit_are_one_line(
+    argv: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, before = load(MEMORY[0]), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        module.launch(
+            module.main, module.HAPPOOptions, [*TINY, "--recurrent", *argv, "--out", str(tmp_path / "run")]
+        )
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def load(recipe: Path) -> Any:
