@@ -23,12 +23,13 @@ class Zoo(ParallelEnv):
         masks (str): where the action mask is, "info", "observation" or "".
         fail (str): what happens in step 3: "error", "exit", "kill" or nothing.
         choices (int): number of actions.
+        keep (bool): leave those that ended in ``agents``, and go on showing them, as some environments do.
     """
 
     metadata = {"name": "zoo_v0"}
 
-    def __init__(self, ends=ENDS, masks="", fail="", choices=4):
-        self.ends, self.masks, self.fail, self.choices = dict(ends), masks, fail, choices
+    def __init__(self, ends=ENDS, masks="", fail="", choices=4, keep=False):
+        self.ends, self.masks, self.fail, self.choices, self.keep = dict(ends), masks, fail, choices, keep
         self.possible_agents = list(ends)
         self.closed = False
 
@@ -85,7 +86,8 @@ class Zoo(ParallelEnv):
             kind: {a: self.ends[a] == (self.time, kind) for a in acting}
             for kind in ("terminated", "truncated")
         }
-        self.agents = [a for a in acting if not over["terminated"][a] and not over["truncated"][a]]
+        if not self.keep:
+            self.agents = [a for a in acting if not over["terminated"][a] and not over["truncated"][a]]
         observations, infos = self._show(acting)
         return observations, rewards, over["terminated"], over["truncated"], infos
 

@@ -212,49 +212,51 @@ class Copies:
                 for group, i in self.places.values():
                     self.views[group]["reward"][e, i] = 0
                 continue
-            acting = list(env.agents)
-            rows = {a: self.views[self.places[a][0]]["action"][e, self.places[a][1]] for a in acting}
+            rows = {a: self._own(a, "action")[e] for a in env.agents}
+            acting = [a for a in env.agents if not self._ended(e, a)]  # some keep the dead in the list
             shown = env.step({a: self.choices[a][1](row) for a, row in rows.items()})
             self.steps[local] += 1
             limit = self.max_steps is not None and self.steps[local] >= self.max_steps
             self._ends(e, acting, shown[2], shown[3], limit)
-            for agent, (group, i) in self.places.items():
-                self.views[group]["reward"][e, i] = shown[1].get(agent, 0) if agent in acting else 0
-                self._observe(e, agent, shown[0], shown[4])
+            for agent in self.places:
+                self._own(agent, "reward")[e] = shown[1].get(agent, 0) if agent in acting else 0
+                there = agent in acting or self._own(agent, "mask")[e]
+                self._observe(e, agent, shown[0] if there else {}, shown[4])
             self._state(e)
+
+    def _own(self, agent: str, key: str) -> Array:
+        """An agent's part of an array, ``[E, ...]``."""
+        group, i = self.places[agent]
+        return self.views[group][key][:, i]
+
+    def _ended(self, e: int, agent: str) -> bool:
+        return bool(self._own(agent, "terminated")[e, 0] or self._own(agent, "truncated")[e, 0])
 
     def _ends(self, e: int, acting: list[str], terminated: Any, truncated: Any, limit: bool) -> None:
         """Who ended, who is alive, and whether all ended: then the episode did, by truncation if that cut any off."""
         env, root = self.envs[e - self.first], self.views[""]
         for agent in acting:
-            group, i = self.places[agent]
-            own = self.views[group]
             cut = bool(truncated.get(agent, False))
-            own["terminated"][e, i] = terminated.get(agent, agent not in env.agents and not cut)
-            own["truncated"][e, i] = cut
-        over = True
-        for agent, (group, i) in self.places.items():
-            own = self.views[group]
-            alive = agent in env.agents and not own["terminated"][e, i, 0] and not own["truncated"][e, i, 0]
-            if alive and limit:
-                own["truncated"][e, i], alive = True, False
-            own["mask"][e, i] = alive
-            over = over and not alive
-        if not over:
+            self._own(agent, "terminated")[e] = terminated.get(agent, agent not in env.agents and not cut)
+            self._own(agent, "truncated")[e] = cut
+        alive = [a for a in env.agents if not self._ended(e, a)]
+        if limit:
+            for agent in alive:
+                self._own(agent, "truncated")[e] = True
+        for agent in self.places:
+            self._own(agent, "mask")[e] = agent in alive
+        if alive and not limit:
             return
-        flags = [
-            (self.views[g]["terminated"][e, i], self.views[g]["truncated"][e, i])
-            for g, i in self.places.values()
-        ]
-        cut = any(bool(t[0]) and not bool(end[0]) for end, t in flags)
-        for (end, late), (group, i) in zip(flags, self.places.values()):
-            if not end[0] and not late[0]:  # it never came
-                end[0], late[0] = not cut, cut
-        for agent in acting:  # cut off while alive: what follows is estimated from this observation
-            group, i = self.places[agent]
-            own = self.views[group]
-            own["mask"][e, i] = own["truncated"][e, i, 0] and not own["terminated"][e, i, 0]
-        root["done"][e], root["terminated"][e], root["truncated"][e] = True, not cut, cut
+        ended = [a for a in self.places if self._ended(e, a)]
+        cut_off = [a for a in ended if not self._own(a, "terminated")[e, 0]]
+        for agent in set(self.places) - set(ended):  # it never came
+            self._own(agent, "truncated" if cut_off else "terminated")[e] = True
+        for agent in set(cut_off) & {
+            *acting,
+            *alive,
+        }:  # what would have followed is estimated from what it sees last
+            self._own(agent, "mask")[e] = True
+        root["done"][e], root["terminated"][e], root["truncated"][e] = True, not cut_off, bool(cut_off)
 
     def _observe(self, e: int, agent: str, observations: Any, infos: Any) -> None:
         """What an agent sees; zeros for one that is gone, whose actions are all available and do nothing."""
@@ -303,7 +305,7 @@ def serve() -> None:
     while True:
         try:
             command, arguments = pickle.load(commands)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the other side is gone, perhaps within a command
             break
         try:
             answer = None

@@ -25,8 +25,9 @@ class PettingZooEnv(EnvBase):
 
     The episode is over, at the root, when *every* agent's is. It is then ``truncated`` if that cut off any agent, and
     else ``terminated``. Each agent's own ends stand in its group. An agent that ended before the others is gone:
-    ``(group, "mask")`` is False, its observation and reward are zero, and its action is ignored. ``next`` holds the
-    true last observation, and there ``mask`` stays True for agents that the end of the episode cut off.
+    ``(group, "mask")`` is False, its observation (after the last one, which is shown) and reward are zero, and its
+    action is ignored. ``next`` holds the true last observation, and there ``mask`` stays True for agents that the end
+    of the episode cut off.
 
     Groups are agents with the same spaces whose names are ``<name>_<int>`` with one ``<name>``. Observation boxes keep
     their shape, other spaces are flattened; all are float32. Action masks are taken from dictionary observations

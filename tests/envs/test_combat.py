@@ -16,13 +16,13 @@ UP, DOWN, RIGHT, LEFT = 2, 3, 4, 5
 
 
 def fight(allies, enemies, action, ally_health=(), enemy_health=()):
-    """One step of one environment; places as given, health 8 where none is; returns env and ``next``."""
+    """One step of one environment; places as given, health 12 where none is; returns env and ``next``."""
     env = combat(1, len(allies), len(enemies))
     env.reset()
     state = env.get_state()
     for name, places, health in (("ally", allies, ally_health), ("enemy", enemies, enemy_health)):
         state[f"{name}_position"] = torch.tensor([places], dtype=torch.float32)
-        given = [*health, *[8] * (len(places) - len(health))]
+        given = [*health, *[12] * (len(places) - len(health))]
         state[f"{name}_health"] = torch.tensor([given], dtype=torch.float32)
     env.set_state(state)
     return env, env._step(
@@ -43,26 +43,26 @@ def test_moves_and_attacks_by_hand():
     env, after = fight([[5, 5], [1, 1], [15.5, 9.5]], [[7, 5], [5, 9]], [6, LEFT, DOWN])
     state = env.get_state()
     assert state["ally_position"][0].tolist() == [[5, 5], [0, 1], [15.5, 8.5]]
-    assert state["enemy_health"][0].tolist() == [7, 8]
-    assert state["ally_health"][0].tolist() == [7, 8, 8]  # the first enemy reaches the first agent, 2 away
+    assert state["enemy_health"][0].tolist() == [11, 12]
+    assert state["ally_health"][0].tolist() == [11, 12, 12]  # the first enemy reaches the first agent, 2 away
     assert state["enemy_position"][0].tolist() == [[7, 5], [5, 8]]  # the second is 4 away, and comes down
-    torch.testing.assert_close(after["agents", "reward"], torch.full((1, 3, 1), 10 / 16))  # one of 16
+    torch.testing.assert_close(after["agents", "reward"], torch.full((1, 3, 1), 10 / 24))  # one of 24
     assert not after["done"].any() and after["agents", "mask"].all()
 
 
 def test_a_kill_a_victory_and_a_defeat():
     env, after = fight([[5, 5], [5, 6]], [[6, 5], [15, 5]], [6, 6], enemy_health=[1])
     torch.testing.assert_close(
-        after["agents", "reward"][0], torch.full((2, 1), 10 / 16 + 1.0)
+        after["agents", "reward"][0], torch.full((2, 1), 10 / 24 + 1.0)
     )  # overkill pays no more
-    assert env.get_state()["enemy_health"][0].tolist() == [0, 8] and not after["done"]
+    assert env.get_state()["enemy_health"][0].tolist() == [0, 12] and not after["done"]
     assert not after["agents", "action_mask"][0, :, 6].any()  # who is dead cannot be attacked
     _, after = fight([[5, 5]], [[6, 5]], [6], enemy_health=[1])
-    torch.testing.assert_close(after["agents", "reward"], torch.full((1, 1, 1), 10 / 8 + 2 + 8))
+    torch.testing.assert_close(after["agents", "reward"], torch.full((1, 1, 1), 10 / 12 + 2 + 8))
     assert after["terminated"] and after["agents", "terminated"].all() and not after["truncated"]
     assert after["agents", "info", "battle_won"].all() and after["agents", "mask"].all()
     _, after = fight([[5, 5]], [[6, 5]], [6], ally_health=[1], enemy_health=[1])  # both fall: no victory
-    torch.testing.assert_close(after["agents", "reward"], torch.full((1, 1, 1), 10 / 8 + 2))
+    torch.testing.assert_close(after["agents", "reward"], torch.full((1, 1, 1), 10 / 12 + 2))
     assert after["terminated"] and not after["agents", "info", "battle_won"].any()
 
 
@@ -76,10 +76,10 @@ def test_the_dead_can_do_nothing_and_see_nothing():
     td = env.rand_action(after.select("agents"))
     td["agents", "action"] = torch.tensor([[0, 6]])
     after = env._step(td)
-    assert after["agents", "reward"].flatten().tolist() == [1.25, 1.25]
-    assert env.get_state()["enemy_health"][0].tolist() == [7] and env.get_state()["ally_health"][
+    assert after["agents", "reward"].flatten().tolist() == pytest.approx([10 / 12] * 2)
+    assert env.get_state()["enemy_health"][0].tolist() == [11] and env.get_state()["ally_health"][
         0
-    ].tolist() == [0, 7]
+    ].tolist() == [0, 11]
     td["agents", "action"] = torch.tensor([[6, 6]])
     with pytest.raises(RuntimeError, match="where .*action_mask.* is True"):
         env._step(td)
@@ -104,7 +104,7 @@ def test_what_is_available_and_what_is_seen():
     torch.testing.assert_close(seen[:14], torch.tensor(expected))
     torch.testing.assert_close(seen[14:19], torch.tensor([1, 40**0.5 / 7, 6 / 7, -2 / 7, 1.0]))
     torch.testing.assert_close(
-        seen[19:], torch.tensor([1, (4.5**2 + 3.5**2) ** 0.5 / 7, -4.5 / 7, 3.5 / 7, 7 / 8])
+        seen[19:], torch.tensor([1, (4.5**2 + 3.5**2) ** 0.5 / 7, -4.5 / 7, 3.5 / 7, 11 / 12])
     )
     assert after["state"][0].tolist()[3:9] == pytest.approx([1, 5 / 16, 0.6, 1, 3 / 16, 0.95])
     _, after = fight([[0, 0]], [[7.5, 0]], [1])
@@ -171,9 +171,9 @@ def gather_and_concentrate(n, m):
 @pytest.mark.parametrize(
     "team, wins, returns",
     [
-        ("random", (0.0, 0.005), (1.6, 2.3)),
-        ("scripted", (0.4, 0.55), (14.2, 15.5)),
-        ("best", (0.85, 0.96), (18.6, 19.6)),
+        ("random", (0.0, 0.005), (1.5, 2.1)),
+        ("scripted", (0.42, 0.56), (14.0, 15.7)),
+        ("best", (0.93, 0.99), (19.3, 19.9)),
     ],
 )
 def test_known_teams(team, wins, returns):

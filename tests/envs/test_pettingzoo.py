@@ -14,6 +14,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from mpe2 import simple_speaker_listener_v4, simple_spread_v3, simple_tag_v3
+from pettingzoo.butterfly import knights_archers_zombies_v11
 from pettingzoo.classic import tictactoe_v3
 from pettingzoo.utils.conversions import turn_based_aec_to_parallel
 from torchrl.data import Bounded, Categorical, MultiCategorical
@@ -94,8 +95,9 @@ def test_keeps_the_conventions(masks, limit):
     check_env_specs(env)
 
 
-def test_agents_end_apart_and_the_episode_with_the_last():
-    env = PettingZooEnv(Zoo, num_envs=2, **LOCAL)
+@pytest.mark.parametrize("keep", [False, True])
+def test_agents_end_apart_and_the_episode_with_the_last(keep):
+    env = PettingZooEnv(functools.partial(Zoo, keep=keep), num_envs=2, **LOCAL)
     assert env.group_map == {"runner": ["runner_0", "runner_1"], "guard": ["guard_0"]}
     td, steps = env.reset(), []
     for _ in range(5):
@@ -239,6 +241,21 @@ def test_agents_in_turn_through_pettingzoos_conversion():
     assert (
         td["player", "action_mask"][0].sum(-1).tolist() == [9, 8] and not td["player", "action_mask"][0, 1, 4]
     )
+
+
+def test_a_converted_environment_with_deaths():
+    torch.manual_seed(0)
+    make = functools.partial(knights_archers_zombies_v11.env, spawn_delay=3)
+    env = PettingZooEnv(make, max_steps=400, return_state=False, **LOCAL)
+    assert env.group_map == {"archer": ["archer_0", "archer_1"], "knight": ["knight_0", "knight_1"]}
+    batch = env.rollout(400)
+    knights = batch["knight", "mask"][0]
+    assert not knights.all() and knights[0].all() and batch["next", "done"].sum() == 1
+    died = torch.cat([batch[g, "mask"][0, :-1] & ~batch[g, "mask"][0, 1:] for g in env.group_map], -1)
+    ends = torch.cat([batch["next", g, "terminated"][0, :-1, :, 0] for g in env.group_map], -1)
+    assert died.any() and ends[died].all()
+    gone = ~knights[:-1]  # its last observation is shown in the step after, then zeros
+    assert gone.any() and not batch["knight", "observation"][0, 1:][gone].any()
 
 
 def test_collects_evaluates_and_resumes_with_new_episodes():
