@@ -77,9 +77,8 @@ def test_the_dead_can_do_nothing_and_see_nothing():
     td["agents", "action"] = torch.tensor([[0, 6]])
     after = env._step(td)
     assert after["agents", "reward"].flatten().tolist() == pytest.approx([10 / 12] * 2)
-    assert env.get_state()["enemy_health"][0].tolist() == [11] and env.get_state()["ally_health"][
-        0
-    ].tolist() == [0, 11]
+    state = env.get_state()
+    assert state["enemy_health"].tolist() == [[11]] and state["ally_health"].tolist() == [[0, 11]]
     td["agents", "action"] = torch.tensor([[6, 6]])
     with pytest.raises(RuntimeError, match="where .*action_mask.* is True"):
         env._step(td)

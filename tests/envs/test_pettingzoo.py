@@ -363,21 +363,18 @@ def _gone(pid):
         return file.read().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_no_worker_is_left_behind(how):
+def test_no_worker_is_left_behind():
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    main = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environ,
-        start_new_session=True,
-    )
-    workers = [int(pid) for pid in main.stdout.readline().split()]
-    assert len(workers) == 2
+    command, pipe = [sys.executable, "-W", "ignore", "-c", SCRIPT], subprocess.PIPE
+    options = {"stdout": pipe, "stderr": pipe, "env": environ, "start_new_session": True}
+    interrupted, killed = (subprocess.Popen(command, **options) for _ in range(2))
+    workers = [int(pid) for main in (interrupted, killed) for pid in main.stdout.readline().split()]
+    assert len(workers) == 4
     time.sleep(0.3)
-    os.killpg(main.pid, how) if how == signal.SIGINT else os.kill(main.pid, how)
-    main.communicate(timeout=20)
+    os.killpg(interrupted.pid, signal.SIGINT)  # what Ctrl-C does: every process of the group gets it
+    os.kill(killed.pid, signal.SIGKILL)
+    assert "KeyboardInterrupt" in interrupted.communicate(timeout=20)[1].decode()
+    killed.communicate(timeout=20)
     until = time.monotonic() + 10
     while time.monotonic() < until and not all(map(_gone, workers)):
         time.sleep(0.05)
