@@ -12,8 +12,8 @@ such a loop, too, and no faster; a compiler unrolls it. So this is the way there
 
 an input that drives ``r`` and ``z`` to minus infinity and ``W_n x`` to zero gives ``h' = tanh(0) = 0``, whatever
 ``h`` was. Two more input columns do that: a constant one, which carries the input's bias, and one for the inserted
-steps. The sequence becomes ``2 L - 1`` steps long, however many episodes begin, so shapes never change; on a GPU
-that costs far less than ``L`` launches of each of a cell's operations.
+steps. The sequence becomes ``2 L - 1`` steps long, however many episodes begin, so shapes never change, and a GPU
+is spared ``L`` launches of each of a cell's operations.
 """
 
 from __future__ import annotations

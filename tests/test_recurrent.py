@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch.func import functional_call, stack_module_state, vmap
 from torchrl.envs import InitTracker, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -95,6 +96,18 @@ def test_a_network_traces_whole_and_runs_on_meta():
         torch.testing.assert_close(found, expected)
     out, states = net.to("meta")(*(x.to("meta") for x in args))
     assert out.shape == (5, 4, 3, 2) and states.shape == (5, 4, 3, 1, 64)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_networks_of_several_seeds_stack_under_vmap(share):
+    nets = [AgentRNN(3, 4, 2, share=share) for _ in range(2)]
+    parameters, _ = stack_module_state(nets)
+    args = torch.randn(2, 5, 7, 3, 4), torch.randn(2, 5, 3, 1, 64), torch.rand(2, 5, 7, 1) < 0.3
+    found = vmap(lambda own, *inputs: functional_call(nets[0], own, inputs))(parameters, *args)
+    for seed, net in enumerate(nets):
+        for both, alone in zip(found, net(*(x[seed] for x in args))):
+            torch.testing.assert_close(both[seed], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("choices", [0, 3])

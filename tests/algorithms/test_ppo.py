@@ -359,6 +359,27 @@ def test_compiled_losses_of_sequences_learn_alike():
         torch.testing.assert_close(eager, compiled, atol=1e-5, rtol=1e-4)
 
 
+def test_a_gpus_way_through_sequences_learns_alike_and_reads_nothing_on_the_host(monkeypatch):
+    """The inserted steps in place of cells: equal parameters here, and a whole update on ``meta``."""
+    learned = []
+    for way in (tdmarl.gru.cells, tdmarl.gru.fused):
+        monkeypatch.setattr(tdmarl.gru, "cells", way)
+        env = ToyEnv(horizon=7)
+        algo = mappo(env, optim=lambda params: torch.optim.SGD(params, 0.1), **RECURRENT)
+        collector = tdmarl.Collector(env, algo.explore, frames_per_batch=40, seed=0)
+        batch = [collector.rollout() for _ in range(2)][1]  # begun in the middle of an episode
+        algo.learner(batch)
+        learned.append([p.detach().clone() for part in algo.learner.step.parts for p in part.params])
+        rows = algo.learner.prepare(batch.copy()).reshape(-1, 5).to("meta")
+        parts = []
+        for part in algo.learner.step.parts:
+            loss = part.loss.to("meta")
+            parts.append(tdmarl.Part(loss, torch.optim.Adam(loss.parameters(), foreach=True), name=part.name))
+        assert tdmarl.Step(parts)(rows)["loss_critic"].device.type == "meta"
+    for cells, fused in zip(*learned):
+        torch.testing.assert_close(cells, fused, atol=1e-5, rtol=1e-4)
+
+
 def test_sequences_that_do_not_fit_are_refused():
     env = ToyEnv()
     with pytest.raises(ValueError, match="chunk_length=0 must be at least 1"):
