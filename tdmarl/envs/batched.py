@@ -29,6 +29,7 @@ class Outcome(NamedTuple):
 class Game(Protocol):
     """The rules of a game for ``E`` environments at once, without anything that changes in place.
 
+    The state is a flat tensordict ``[E]`` that holds all that the future depends on, random numbers of resets apart.
     ``actions`` are the specs of one environment by group, ``[n]`` or ``[n, a]``. ``start`` draws initial states,
     ``step`` is the transition, and ``show`` what is seen of a state: by group a dictionary with ``observation``
     ``[E, n, o]`` and perhaps ``action_mask``, ``mask`` and ``info``, and perhaps ``state`` ``[E, s]``.

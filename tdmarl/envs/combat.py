@@ -173,7 +173,8 @@ def scripted(n_agents: int = 5, n_enemies: int = 5) -> TensorDictModule:
 
     def act(state: Tensor, mask: Tensor) -> Tensor:
         units = state.unflatten(-1, (n_agents + n_enemies, 3))  # [*B, units, 3]
-        alive, position = units[..., 0] > 0, units[..., 1:] * state.new_tensor([WIDTH, HEIGHT])
+        alive = units[..., 0] > 0
+        position = torch.stack([units[..., 1] * WIDTH, units[..., 2] * HEIGHT], -1)
         split = [n_agents, n_enemies]
         (ally, enemy), (ally_alive, enemy_alive) = position.split(split, -2), alive.split(split, -1)
         action = nearest(ally, ally_alive, enemy, enemy_alive)
