@@ -26,7 +26,7 @@ from tdmarl.prepare import (
     TeamReward,
     generalized_advantage,
 )
-from tdmarl.options import OnPolicyOptions, Options
+from tdmarl.options import OffPolicyOptions, OnPolicyOptions, Options
 from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
 from tdmarl.recurrent import AgentRNN, CarryHidden, Recurrent
 from tdmarl.replay import ProportionalSampler, Replay
@@ -55,6 +55,7 @@ __all__ = [
     "Learner",
     "MixingLoss",
     "NormalizedCritic",
+    "OffPolicyOptions",
     "OnPolicyOptions",
     "Options",
     "Part",

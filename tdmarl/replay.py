@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl._utils import logger as torchrl_logger
 from torchrl.data import (
@@ -297,9 +298,9 @@ class Replay(TensorDictReplayBuffer):
     def state_dict(self) -> dict[str, Any]:
         """The rows held (not the empty part), where the next one goes, priorities, and the generator."""
         held = self.storage.get(slice(0, len(self))) if len(self) else None
-        entries = [] if held is None else list(held.items(True, True))
+        rows = {} if held is None else {"/".join(_tuple(k)): x.clone() for k, x in held.items(True, True)}
         return {
-            "rows": {"/".join(k if isinstance(k, tuple) else (k,)): x.clone() for k, x in entries},
+            "rows": dict(sorted(rows.items())),  # in one order, whoever allocated the storage
             "shape": [] if held is None else list(held.shape),
             "writer": self._writer.state_dict(),
             "sampler": self._sampler.state_dict(),
@@ -318,6 +319,10 @@ class Replay(TensorDictReplayBuffer):
         self._writer.load_state_dict(state_dict["writer"])
         self._sampler.load_state_dict(state_dict["sampler"])
         self._rng.set_state(state_dict["generator"].cpu())
+
+
+def _tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(key)
 
 
 @contextlib.contextmanager
