@@ -210,7 +210,7 @@ class Recurrent(TensorDictModule):
                     "written by tdmarl.Collector and tdmarl.evaluate, and in TorchRL's collectors by the transforms "
                     "InitTracker and make_tensordict_primer(); a critic's states by tdmarl.CarryHidden."
                 )
-        return list(found.values())
+        return [found[key] for key in self.in_keys]  # which may name is_init twice
 
     def _rows(self, time: int, inputs: list[Tensor], state: Tensor, is_init: Tensor) -> Sequence[Tensor]:
         length = is_init.shape[time]

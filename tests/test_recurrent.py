@@ -166,6 +166,18 @@ def test_a_critic_watches_what_is_collected_and_writes_nothing_else():
     assert begins.any() and not batch["b", "critic_hidden"][begins.squeeze(-1)].any()
 
 
+def test_a_network_may_look_at_is_init_itself():
+    class Looking(AgentRNN):
+        def forward(self, x, looked, state, is_init):
+            assert looked is is_init
+            return super().forward(x, state, is_init)
+
+    net = Looking(3, 4, 2, hidden=(8,), hidden_size=6)
+    looking, data = Recurrent(net, [OBS, "is_init"], [OUT], HIDDEN, net.state_shape), rows()
+    with set_recurrent_mode(True):
+        assert looking(data)[OUT].shape == (5, 12, 3, 2)
+
+
 def test_wrong_arguments_and_missing_entries_are_named():
     with pytest.raises(ValueError, match="start='first' must be one of"):
         module(start="first")
