@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchrl.envs import EnvBase
 
 from tdmarl.keys import Team, team
+from tdmarl.q_actors import Direct
 
 
 class VDNMixer(nn.Module):
@@ -124,7 +125,7 @@ def vdn_mixer(env: EnvBase, group: str | Sequence[str] | None = None) -> TensorD
         TensorDictModule: reads ``(group, "chosen_action_value")`` ``[*B, n, 1]`` of each group, writes
         ``"chosen_action_value"`` ``[*B, 1]``.
     """
-    return TensorDictModule(VDNMixer(), _values(team(env, group)), ["chosen_action_value"])
+    return Direct(VDNMixer(), _values(team(env, group)), ["chosen_action_value"])
 
 
 def qmix_mixer(
@@ -169,4 +170,4 @@ def qmix_mixer(
         members.n_agents, size, n_groups=len(members), embed_dim=embed_dim, hypernet_layers=hypernet_layers,
         hypernet_embed=hypernet_embed, masked=masked, device=members.groups[0].device,
     )  # fmt: skip
-    return TensorDictModule(mixer, [*_values(members), *seen], ["chosen_action_value"])
+    return Direct(mixer, [*_values(members), *seen], ["chosen_action_value"])

@@ -176,7 +176,7 @@ class OffPolicyOptions(Options):
     """Optimization steps after each batch."""
     minibatch_size: int = 2_048
     """Frames per minibatch."""
-    gamma: float = 0.95
+    gamma: float = 0.9
     """Discount of rewards."""
     double_q: bool = True
     """Let the online network choose the next action that the target network values."""
@@ -206,8 +206,10 @@ class OffPolicyOptions(Options):
     """Frames collected with random actions first."""
     learning_starts: int = 0
     """Frames to be in the replay buffer before the first update."""
+    tau: float = 0.01
+    """Share by which targets follow the networks at every update; 0: they are copied at every --target-every."""
     target_every: int = 100
-    """Updates between two copies of the networks to the targets."""
+    """With --tau 0: updates between two copies of the networks to the targets."""
     epsilon_end: float = 0.05
     """Probability of a random action, from --epsilon-frames on; it falls from 1."""
     epsilon_frames: int = 100_000
@@ -245,14 +247,17 @@ class OffPolicyOptions(Options):
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of :func:`tdmarl.iql`, :func:`tdmarl.vdn` and :func:`tdmarl.qmix`."""
         names = (
-            "lr", "num_updates", "minibatch_size", "gamma", "double_q", "n_steps", "lmbda", "burn_in",
-             "last_action", "share_params", "buffer_size", "storage", "prioritized", "learning_starts",
-            "target_every", "epsilon_end", "epsilon_frames", "max_grad_norm", "standardize_reward", "seed", "mode",
+            "lr", "num_updates", "minibatch_size", "gamma", "double_q", "n_steps", "lmbda", "burn_in", "last_action",
+            "share_params", "buffer_size", "storage", "prioritized", "learning_starts", "target_every", "epsilon_end",
+            "epsilon_frames", "max_grad_norm", "standardize_reward", "seed", "mode",
         )  # fmt: skip
-        more = {"hidden": (self.width,) if self.recurrent else (self.width, self.width)}
-        more |= {"anneal_frames": self.total_frames if self.anneal else None}
-        more |= {"recurrent": "gru" if self.recurrent else None, "sequence_length": self.row_length()}
-        return {name: getattr(self, name) for name in names} | more
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        given["hidden"] = (self.width,) if self.recurrent else (self.width, self.width)
+        given["tau"] = self.tau or None
+        given["anneal_frames"] = self.total_frames if self.anneal else None
+        given["recurrent"] = "gru" if self.recurrent else None
+        given["sequence_length"] = self.row_length()
+        return given
 
 
 def flag(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ class Actions:
 
     def __init__(self, spec: TensorSpec, key: NestedKey = "action") -> None:
         self.nvec, self.one_hot = choices(spec, key)
-        self.count = math.prod(self.nvec)
+        self.count, self.dtype = math.prod(self.nvec), spec.dtype
         self.strides = [math.prod(self.nvec[i + 1 :]) for i in range(len(self.nvec))]
 
     def index(self, action: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Actions:
     def action(self, index: Tensor) -> Tensor:
         """The environment's way of writing action number ``index`` ``[*B, n]``."""
         if self.one_hot:
-            return F.one_hot(index, self.count)
+            return F.one_hot(index, self.count).to(self.dtype)
         if len(self.nvec) == 1:
             return index
         parts = [
@@ -86,6 +86,21 @@ def value_of(values: Tensor, index: Tensor, available: Tensor | None = None) -> 
     """The value of action number ``index``, ``[*B, n, 1]``; 0 where no action is available at all."""
     value = values.gather(-1, index.unsqueeze(-1))
     return value if available is None else value.masked_fill(~available.any(-1, keepdim=True), 0)
+
+
+class Direct(TensorDictModule):
+    """A TensorDictModule of tensors in and tensors out, without the search for other kinds of outputs.
+
+    ``TensorDictModule`` asks of every output whether it could be made a tensordict, and on the way the file system for
+    a package that reads files: more time than a small network's forward pass takes.
+    """
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:  # type: ignore[override]
+        out = self.module(*(tensordict.get(key) for key in self.in_keys))
+        for key, value in zip(self.out_keys, out if isinstance(out, tuple) else (out,)):
+            tensordict.set(key, value)
+        return tensordict
 
 
 class ActionValues(nn.Module):
@@ -216,7 +231,7 @@ def q_actor(
                 network, inputs, [values], state, net.state_shape, start=start, burn_in=burn_in
             )
         else:
-            valued = TensorDictModule(network, inputs + (["is_init"] if last_action else []), [values])
+            valued = Direct(network, inputs + (["is_init"] if last_action else []), [values])
         parts = [valued, Greedy(member.name, actions, member.has_action_mask)]
         return TensorDictSequential(*parts, *([LastAction(member, actions)] if last_action else []))
 

@@ -10,7 +10,7 @@ from toys import ToyEnv
 
 from tdmarl.actors import gaussian_actor
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
-from tdmarl.prepare import Advantage, JointAdvantage, TeamReward, generalized_advantage
+from tdmarl.prepare import Advantage, JointAdvantage, RewardNorm, TeamReward, generalized_advantage
 from tdmarl.recurrent import AgentRNN, Recurrent
 
 
@@ -240,3 +240,22 @@ def test_a_recurrent_critic_without_its_state_says_who_would_write_it():
     critic, _, td = remembering()
     with pytest.raises(KeyError, match="critic_hidden.*CarryHidden"):
         advantage(critic)(td.exclude(("g", "critic_hidden")))
+
+
+def test_reward_moments_are_those_of_all_batches_together():
+    """Exact over batches of unlike sizes, live entries only; the standard deviation is numpy's."""
+    torch.manual_seed(0)
+    norm, seen = RewardNorm(), []
+    for size in (3, 50, 7):
+        reward, mask = torch.randn(size, 2, 1) * 5 + 3, torch.rand(size, 2) < 0.7
+        norm.update(reward, mask)
+        seen.append(reward.squeeze(-1)[mask])
+    every = torch.cat(seen).double()
+    assert norm.count == len(every)
+    torch.testing.assert_close(norm.mean, every.mean())
+    torch.testing.assert_close(norm.variance.sqrt(), every.std(correction=0))
+    torch.testing.assert_close(norm.normalize(every).std(correction=0), torch.ones((), dtype=torch.float64))
+    fresh = RewardNorm()
+    assert fresh.normalize(torch.tensor([2.0])).item() == 2
+    fresh.update(torch.full((4, 1), 3.0))  # a constant does not blow up
+    assert fresh.normalize(torch.tensor([3.0])).item() == 0
