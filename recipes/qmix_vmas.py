@@ -26,7 +26,7 @@ class QMIXOptions(OffPolicyOptions):
     """How the agents' rewards make the team's. A sum keeps each agent's value on the scale of its own reward."""
     embed_dim: int = 32
     """Width of the mixing network."""
-    hypernet_layers: Literal[1, 2] = 2
+    hypernet_layers: Literal[1, 2] = 1
     """Layers of the networks that make its weights."""
 
 

@@ -164,7 +164,7 @@ class OffPolicyOptions(Options):
     """Environments simulated side by side."""
     frames_per_batch: int = 5_120
     """Frames (environment steps over all environments) between two rounds of updates; a multiple of --num-envs."""
-    total_frames: int = 307_200
+    total_frames: int = 409_600
     """Frames of the whole run, those before a resume included."""
     eval_every: int = 10
     """Iterations between two evaluations; 0: only the last one is evaluated."""
@@ -196,7 +196,7 @@ class OffPolicyOptions(Options):
     """Let the networks see the agent's last action."""
     share_params: bool = True
     """One network for all agents of a group, or one each."""
-    buffer_size: int = 307_200
+    buffer_size: int = 409_600
     """Frames that the replay buffer keeps."""
     storage: Literal["device", "cpu", "memmap"] = "device"
     """Where the replay buffer lies: with the simulator, in main memory, or in a memory-mapped file."""
@@ -218,7 +218,7 @@ class OffPolicyOptions(Options):
     """Largest norm of the gradient."""
     standardize_reward: bool = False
     """Standardize rewards by running moments."""
-    anneal: bool = False
+    anneal: bool = True
     """Let the learning rate fall to zero over --total-frames."""
 
     def check(self) -> None:
