@@ -164,7 +164,7 @@ class OffPolicyOptions(Options):
     """Environments simulated side by side."""
     frames_per_batch: int = 5_120
     """Frames (environment steps over all environments) between two rounds of updates; a multiple of --num-envs."""
-    total_frames: int = 409_600
+    total_frames: int = 512_000
     """Frames of the whole run, those before a resume included."""
     eval_every: int = 10
     """Iterations between two evaluations; 0: only the last one is evaluated."""

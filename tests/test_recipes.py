@@ -41,7 +41,7 @@ def tiny(recipe: Path) -> list[str]:
     if recipe.stem == "qmix_two_step":
         return ["--total-frames", "256"]
     if family(recipe) in REPLAYING:  # with buffers that are overwritten
-        return [*TINY, "--num-updates", "2", "--buffer-size", "100", "--checkpoint-every", "1"]
+        return [*TINY, "--num-updates", "2", "--buffer-size", "100", "--checkpoint-every", "1", "--no-anneal"]
     return [*TINY, "--num-epochs", "2"]
 
 
