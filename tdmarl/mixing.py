@@ -37,7 +37,7 @@ def td_returns(
     Example:
         >>> r, v, no = torch.ones(3), torch.tensor([10.0, 20.0, 30.0]), torch.zeros(3, dtype=torch.bool)
         >>> td_returns(r, v, no, gamma=0.5, n_steps=2, time_dim=0)
-        tensor([11.5000, 16.5000, 16.0000])
+        tensor([ 6.5000,  9.0000, 16.0000])
     """
     one = reward + gamma * next_value
     if n_steps == 1 and lmbda == 0:
