@@ -166,7 +166,7 @@ def test_tests_mirror_the_package():
     for path in (ROOT / "tests").rglob("test_*.py"):
         name = path.stem.removeprefix("test_")
         folder = path.relative_to(ROOT / "tests").parent
-        whole = {"axes", "layers", "recipes", "algorithms", "readme", "benchmarks", "same_as_vmas"}
+        whole = {"axes", "layers", "recipes", "algorithms", "readme", "benchmarks", "same_as_vmas", "q_games"}
         assert name in whole or (PACKAGE / folder / f"{name}.py").exists(), (
             f"{path} tests no file of the package"
         )
