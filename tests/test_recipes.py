@@ -28,6 +28,7 @@ from tdmarl.saving import load_policy
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / "recipes").glob("*.py"))
 RECIPES = [recipe for recipe in ALL if recipe.stem.endswith("_vmas")]  # one per algorithm, each keeps a run
+LOOPS = [recipe for recipe in RECIPES if recipe.stem.split("_")[0] in ("happo", "mappo", "qmix")]  # one of a kind
 TINY = [
     "--num-envs", "4", "--max-steps", "10", "--frames-per-batch", "40", "--total-frames", "400",
     "--minibatch-size", "20", "--eval-every", "3", "--eval-episodes", "4", "--device", "cpu",
@@ -134,7 +135,7 @@ def test_a_recipe_leaves_a_run_that_acts_again(recipe: Path, whole: dict[str, Pa
     assert plot([str(folder), "--out", str(tmp_path / "curve.png")]) == 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", LOOPS, ids=lambda recipe: recipe.stem)
 def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
     recipe: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -205,7 +206,7 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
 SEQUENCES = ["--recurrent", "--chunk-length", "5", "--total-frames", "80", "--eval-every", "0"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", LOOPS, ids=lambda recipe: recipe.stem)
 def test_a_recipe_with_memory_leaves_a_policy_with_memory(recipe: Path, tmp_path: Path) -> None:
     finish(start(recipe, *tiny(recipe), *SEQUENCES, "--out", str(tmp_path / "run")))
     policy = load_policy(tmp_path / "run")
