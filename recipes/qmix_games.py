@@ -48,7 +48,8 @@ def main(options: GameOptions) -> None:
         env if options.scenario == "combat" else options.make(min(options.num_envs, 32), options.seed + 1)
     )
     arguments = options.arguments() | {"team_reward": "mean" if options.scenario == "combat" else "sum"}
-    algo = (tdmarl.qmix if options.algorithm == "qmix" else tdmarl.vdn)(env, **arguments)
+    learn = tdmarl.qmix if options.algorithm == "qmix" else tdmarl.vdn
+    algo = learn(env, **arguments)
     collector = tdmarl.Collector(
         env,
         algo.explore,

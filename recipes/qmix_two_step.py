@@ -10,8 +10,9 @@ two values cannot represent 2B, so VDN prefers the safe 7; QMIX's table is the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -45,7 +46,8 @@ class TwoStepOptions:
 
 def table(env: EnvBase, algo: tdmarl.Algorithm) -> Tensor:
     """The values of all joint actions in each state, ``[3, 2, 2]``; IQL's of each agent's actions, ``[3, n, 2]``."""
-    loss = algo.learner.step.parts[0].loss
+    learner: Any = algo.learner
+    loss = learner.step.parts[0].loss
     state = torch.eye(3, device=env.device)
     agents = TensorDict({"observation": state.unsqueeze(1).repeat(1, 2, 1)}, [3, 2])
     seen = algo.policy(TensorDict({"agents": agents, "state": state}, [3]))
@@ -64,7 +66,7 @@ def table(env: EnvBase, algo: tdmarl.Algorithm) -> Tensor:
 def main(options: TwoStepOptions) -> None:
     """Trains and prints."""
     env = tdmarl.two_step_game(num_envs=64, device=options.device)
-    learn = {"qmix": tdmarl.qmix, "vdn": tdmarl.vdn, "iql": tdmarl.iql}[options.algorithm]
+    learn: Callable[..., tdmarl.Algorithm] = getattr(tdmarl, options.algorithm)
     more = {"embed_dim": 8} if options.algorithm == "qmix" else {}
     algo = learn(
         env, epsilon_end=1.0, num_updates=8, minibatch_size=256, buffer_size=8192, lr=2e-3, target_every=100,
