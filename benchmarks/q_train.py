@@ -5,8 +5,9 @@
 
 Both sides see the same environment, networks, buffer, minibatches and optimizer, and take turns. Of the large setting's
 hundreds of updates a batch only ``--timed`` are made, and the iteration is added up from them; the small setting's are
-all made. ``bare`` is what no implementation can leave out of an update: forward, target forward, backward and Adam of
-the same networks on tensors that lie ready.
+all made. What is done once a batch (the team's reward, storing it) counts among the updates, so with few of them it
+counts too often. ``bare`` is what no implementation can leave out of an update: forward, target forward, backward and
+Adam of the same networks on tensors that lie ready.
 """
 
 from __future__ import annotations
@@ -250,14 +251,14 @@ def figures(setting: Setting, found: dict[str, dict[str, list[float]]]) -> dict[
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The ratios as a markdown table, processor time in brackets."""
+    """The ratios as a markdown table: processor time, by the clock in brackets."""
     lines = ["| | collection | update | end to end | update over bare |", "|---|---|---|---|---|"]
     for name, result in results.items():
         faster, bare = result["tdmarl_is_faster_by"], result["update_over_bare"]
         cells = [
-            f"{faster[f'{p}_wall']:.2f} ({faster[f'{p}_cpu']:.2f})" for p in ("collection", "update", "total")
+            f"{faster[f'{p}_cpu']:.2f} ({faster[f'{p}_wall']:.2f})" for p in ("collection", "update", "total")
         ]
-        cells.append(f"{bare['update_wall']:.2f} ({bare['update_cpu']:.2f})")
+        cells.append(f"{bare['update_cpu']:.2f} ({bare['update_wall']:.2f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
