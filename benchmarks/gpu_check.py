@@ -1,4 +1,4 @@
-"""Shows that a device computes what the CPU computes: the simulator's steps and one iteration of a learner.
+"""Shows that a device computes what the CPU computes: the simulator's steps and one update of each kind of learner.
 
     python benchmarks/gpu_check.py --device cuda --output benchmarks/results/gpu_check.json
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tree that
 import tdmarl  # noqa: E402
 
 SCENARIOS = ("navigation", "balance", "transport", "sampling", "simple_tag")
+Optim = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+KINDS = ("mappo", "mappo, recurrent", "qmix", "qmix, recurrent")
 TOLERANCE = 2e-3  # contact forces are hundreds of times larger than what they move
 
 
@@ -54,26 +57,53 @@ def simulator(scenario: str, device: str, num_envs: int = 64, steps: int = 30) -
     return worst
 
 
-def learner(device: str, num_envs: int = 64, steps: int = 20) -> dict[str, float]:
-    """Differences of metrics and parameters after one step of plain gradient descent on one batch.
+def build(kind: str, env: tdmarl.VmasEnv, frames: int, optim: Optim | None = None) -> tdmarl.Algorithm:
+    """One of the algorithms that are checked; one optimization step takes in a whole batch.
+
+    Args:
+        kind (str): a key of ``KINDS``.
+        env (VmasEnv): on either device.
+        frames (int): of a batch.
+        optim (callable, optional): in place of Adam.
+    """
+    if kind.startswith("qmix"):
+        more = {"recurrent": "gru", "sequence_length": 5, "last_action": True} if "recurrent" in kind else {}
+        return tdmarl.qmix(
+            env, num_updates=1, minibatch_size=frames, buffer_size=frames, optim=optim, tau=0.01, **more
+        )
+    more = {"recurrent": "gru", "chunk_length": 5} if "recurrent" in kind else {}
+    rows = frames // 5 if more else frames
+    return tdmarl.mappo(env, num_epochs=1, minibatch_size=rows, optim=optim, **more)
+
+
+def make(kind: str, device: str, num_envs: int, steps: int) -> tdmarl.VmasEnv:
+    """The environment for one of ``KINDS``."""
+    continuous = not kind.startswith("qmix")
+    return tdmarl.VmasEnv(
+        "navigation", num_envs=num_envs, max_steps=steps, device=device, seed=0, continuous_actions=continuous
+    )
+
+
+def learner(kind: str, device: str, num_envs: int = 64, steps: int = 20) -> dict[str, float]:
+    """Differences of metrics and parameters after one step of plain gradient descent on the same rows.
 
     Adam's first step is the gradient's sign, in which the noise of a gradient near zero would be as large as
-    the rest.
+    the rest. Each device draws from generators of its own, so a replay buffer's sample is made once, on the CPU.
     """
     frames = num_envs * steps
-    envs, algos = [], []
-    for where in ("cpu", device):
-        env = tdmarl.VmasEnv("navigation", num_envs=num_envs, max_steps=steps, device=where, seed=0)
-        envs.append(env)
-        descent = {"optim": lambda params: torch.optim.SGD(params, 0.1)}
-        algos.append(tdmarl.mappo(env, num_epochs=1, minibatch_size=frames, **descent))
+    envs = [make(kind, where, num_envs, steps) for where in ("cpu", device)]
+    algos = [build(kind, env, frames, lambda params: torch.optim.SGD(params, 0.1)) for env in envs]
     ours, theirs = (algo.learner.step.parts for algo in algos)
     for mine, other in zip(ours, theirs):
         other.loss.load_state_dict(mine.loss.state_dict())
     collector = tdmarl.Collector(envs[0], algos[0].explore, frames_per_batch=frames, total_frames=frames)
     batch = next(iter(collector))
-    metrics = algos[0].learner(batch)
-    metrics_twin = algos[1].learner(batch.to(device))
+    if kind.startswith("qmix"):
+        algos[0].learner.buffer.extend(algos[0].learner.prepare(batch))
+        rows = algos[0].learner.buffer.sample()
+        metrics, metrics_twin = algos[0].learner.step(rows), algos[1].learner.step(rows.to(device))
+    else:
+        metrics, metrics_twin = algos[0].learner(batch), algos[1].learner(batch.to(device))
     parameters = max(
         (a.detach() - b.detach().cpu()).abs().max().item()
         for mine, other in zip(ours, theirs)
@@ -82,13 +112,13 @@ def learner(device: str, num_envs: int = 64, steps: int = 20) -> dict[str, float
     return {"metrics": furthest(metrics, metrics_twin), "parameters": parameters}
 
 
-def host_reads(device: str, num_envs: int = 64, steps: int = 20) -> str:
+def host_reads(kind: str, device: str, num_envs: int = 64, steps: int = 20) -> str:
     """Whether a second iteration, of collecting and of learning, reads from a CUDA device: where it does."""
     if not device.startswith("cuda"):
         return "not measured: only CUDA tells"
-    env = tdmarl.VmasEnv("navigation", num_envs=num_envs, max_steps=steps, device=device, seed=0)
-    algo = tdmarl.mappo(env, num_epochs=2, minibatch_size=num_envs * steps // 2)
     frames = num_envs * steps
+    env = make(kind, device, num_envs, steps)
+    algo = build(kind, env, frames)
     batches = iter(tdmarl.Collector(env, algo.explore, frames_per_batch=frames, total_frames=2 * frames))
     algo.learner(next(batches))
     torch.cuda.set_sync_debug_mode("error")
@@ -113,9 +143,11 @@ def main() -> None:
     if args.device.startswith("cuda"):
         found["device_name"] = torch.cuda.get_device_name()
     found["simulator"] = {name: simulator(name, args.device) for name in SCENARIOS}
-    found["learner"] = learner(args.device)
-    found["host_reads"] = host_reads(args.device)
-    worst = max(*found["simulator"].values(), *found["learner"].values())
+    found["learner"] = {kind: learner(kind, args.device) for kind in KINDS}
+    found["host_reads"] = {kind: host_reads(kind, args.device) for kind in KINDS}
+    worst = max(
+        [*found["simulator"].values(), *(x for kind in found["learner"].values() for x in kind.values())]
+    )
     found["agree"] = worst <= TOLERANCE
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -83,7 +83,7 @@ def main(options: CustomOptions) -> None:
     """Trains the composed algorithm; the run's folder is as that of any recipe."""
     env = tdmarl.VmasEnv(
         options.scenario, num_envs=options.num_envs, max_steps=options.max_steps, device=options.pick_device(),
-        seed=options.seed, **options.task(),
+        seed=options.seed, **options.simulation(), **options.task(),
     )  # fmt: skip
     group = next(iter(env.group_map))
     policy, learner = build(env, group, options)

@@ -2,44 +2,73 @@
 
 from tdmarl import reduce
 from tdmarl.actors import categorical_actor, gaussian_actor, stochastic_actor
-from tdmarl.algorithms import Algorithm, happo, ippo, mappo
+from tdmarl.algorithms import Algorithm, happo, ippo, iql, mappo, qmix, vdn
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.envs.check import check_env
+from tdmarl.envs.combat import combat
+from tdmarl.envs.foraging import foraging
+from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
+from tdmarl.envs.pettingzoo import PettingZooEnv
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
 from tdmarl.keys import Group, Team, team
-from tdmarl.learners import BatchBuffer, Learner, SequentialLearner, replay_buffer
+from tdmarl.learners import BatchBuffer, Learner, SequentialLearner
 from tdmarl.losses import PolicyLoss, ValueLoss
-from tdmarl.nets import AgentLinear, AgentMLP
-from tdmarl.prepare import Advantage, HAPPOFactor, JointAdvantage, TeamReward, generalized_advantage
-from tdmarl.options import OnPolicyOptions, Options
+from tdmarl.mixers import qmix_mixer, vdn_mixer
+from tdmarl.mixing import MixingLoss
+from tdmarl.nets import AgentGRU, AgentLinear, AgentMLP
+from tdmarl.prepare import (
+    Advantage,
+    HAPPOFactor,
+    JointAdvantage,
+    RewardNorm,
+    TeamReward,
+    generalized_advantage,
+)
+from tdmarl.options import OffPolicyOptions, OnPolicyOptions, Options
+from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
+from tdmarl.recurrent import AgentRNN, CarryHidden, Recurrent
+from tdmarl.replay import ProportionalSampler, Replay
 from tdmarl.run import Run
 from tdmarl.saving import load_policy
 from tdmarl.step import Annealing, Part, Step
+from tdmarl.targets import TargetUpdate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Advantage",
+    "AgentGRU",
     "AgentLinear",
     "AgentMLP",
+    "AgentRNN",
     "Algorithm",
     "Annealing",
     "BatchBuffer",
+    "CarryHidden",
     "Collector",
+    "EpsilonGreedy",
     "Group",
     "HAPPOFactor",
     "JointAdvantage",
     "Learner",
+    "MixingLoss",
     "NormalizedCritic",
+    "OffPolicyOptions",
     "OnPolicyOptions",
     "Options",
     "Part",
+    "PettingZooEnv",
     "PolicyLoss",
+    "ProportionalSampler",
+    "Recurrent",
+    "Replay",
+    "RewardNorm",
     "Run",
     "SequentialLearner",
     "Step",
+    "TargetUpdate",
     "Team",
     "TeamReward",
     "ValueLoss",
@@ -47,16 +76,28 @@ __all__ = [
     "VmasEnv",
     "categorical_actor",
     "check_env",
+    "combat",
+    "continuous_game",
     "evaluate",
+    "exploring",
+    "foraging",
     "gaussian_actor",
     "generalized_advantage",
     "happo",
     "ippo",
+    "iql",
     "load_policy",
     "mappo",
+    "q_actor",
+    "qmix",
+    "qmix_mixer",
+    "matrix_game",
+    "memory_game",
     "reduce",
-    "replay_buffer",
     "state_critic",
     "stochastic_actor",
     "team",
+    "vdn",
+    "vdn_mixer",
+    "two_step_game",
 ]

@@ -17,7 +17,8 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from tdmarl.keys import Group, team
-from tdmarl.nets import AgentMLP, Sharing, Views, alone
+from tdmarl.nets import Sharing, Views, alone
+from tdmarl.recurrent import Recurrent, agent_net, as_module
 
 # Gauss-Hermite nodes and weights for the standard normal, probabilists' convention, the positive half of ten. The
 # entropy correction of a squashed normal is off by at most 3e-4 for standard deviations up to 1, by 2e-2 at 2.
@@ -217,7 +218,8 @@ class GaussianHead(nn.Module):
     """Turns a network's output into the mean and standard deviation of a normal, and those into a distribution.
 
     Args:
-        net (nn.Module): ``[*B, n, o] -> [*B, n, 2 * a]``, or ``[*B, n, a]`` for a free standard deviation.
+        net (nn.Module): ``[*B, n, o] -> [*B, n, 2 * a]``, or ``[*B, n, a]`` for a free standard deviation. A
+            recurrent one's states are handed on, in and out.
         kind (type): :class:`TanhNormal` or :class:`ClippedNormal`.
         spec (Bounded): the actions' ``[n, a]``, whose bounds are buffers here, so that they move with the module.
         std ("state" or "free"): a function of the observation, or one parameter per agent and dimension.
@@ -252,10 +254,10 @@ class GaussianHead(nn.Module):
         self.raw_std = nn.Parameter(torch.zeros_like(self.low)) if free else None  # [n, a]
         self.rows = [{"low": i, "high": i} | ({"raw_std": i} if free else {}) for i in range(len(self.low))]
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.net(observation)
+    def forward(self, observation: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+        out, *states = self.net(observation, *memory) if memory else (self.net(observation),)
         loc, raw = out.chunk(2, -1) if self.raw_std is None else (out, self.raw_std.expand(out.shape))
-        return loc, F.softplus(raw + self.shift) + self.min_std
+        return (loc, F.softplus(raw + self.shift) + self.min_std, *states)
 
     def distribution(self, loc: Tensor, scale: Tensor) -> Distribution:
         """The policy's distribution, what a ``ProbabilisticActor`` calls."""
@@ -280,6 +282,7 @@ def gaussian_actor(
     layer_norm: bool = False,
     agent_id: bool = False,
     output_gain: float = 0.01,
+    recurrent: str | int | None = None,
 ) -> TensorDictModuleBase:
     """Builds the stochastic policy of a group with continuous actions.
 
@@ -291,6 +294,8 @@ def gaussian_actor(
         std ("state" or "free"): a function of the observation, or one parameter per agent and dimension.
         init_std (float): the standard deviation at the beginning, before squashing.
         hidden, activation, layer_norm, agent_id, output_gain: see :class:`~tdmarl.nets.AgentMLP`.
+        recurrent ("gru", int or None): let the policy remember; see :func:`tdmarl.recurrent.agent_net`. It then
+            carries the state ``(group, "actor_hidden")``; see :class:`tdmarl.recurrent.Recurrent`.
 
     Returns:
         TensorDictModuleBase: reads ``(group, "observation")``, writes ``(group, "action")`` ``[*B, n, a]`` and
@@ -308,15 +313,17 @@ def gaussian_actor(
                 "Bounded spec [n_agents, action_size]. Use categorical_actor for discrete actions."
             )
         size = spec.shape[-1]
-        net = AgentMLP(
+        net = agent_net(
             member.n_agents, member.observation_size, size * (2 if std == "state" else 1), hidden=hidden,
             share=share_params, agent_id=agent_id, activation=activation, layer_norm=layer_norm,
-            output_gain=output_gain, device=member.device,
+            output_gain=output_gain, device=member.device, recurrent=recurrent,
         )  # fmt: skip
         head = GaussianHead(net, classes[distribution], spec, std=std, init_std=init_std)
         loc, scale = member.key("loc"), member.key("scale")
         return ProbabilisticActor(
-            TensorDictModule(head, in_keys=[member.key("observation")], out_keys=[loc, scale]),
+            as_module(
+                head, [member.key("observation")], [loc, scale], member.key("actor_hidden"), net.state_shape
+            ),
             in_keys={"loc": loc, "scale": scale},
             out_keys=[member.key("action")],
             distribution_class=head.distribution,
@@ -367,13 +374,15 @@ def categorical_actor(
     layer_norm: bool = False,
     agent_id: bool = False,
     output_gain: float = 0.01,
+    recurrent: str | int | None = None,
 ) -> TensorDictModuleBase:
     """Builds the stochastic policy of a group with discrete actions: one choice, one-hot, or several at once.
 
     Where the environment has ``(group, "action_mask")`` the policy reads it and never takes what it forbids.
 
     Args:
-        env, group, share_params, hidden, activation, layer_norm, agent_id, output_gain: see :func:`gaussian_actor`.
+        env, group, share_params, hidden, activation, layer_norm, agent_id, output_gain, recurrent: see
+            :func:`gaussian_actor`.
 
     Returns:
         TensorDictModuleBase: writes ``(group, "action")`` and ``(group, "action_log_prob")`` ``[*B, n]``.
@@ -381,15 +390,17 @@ def categorical_actor(
 
     def build(member: Group) -> TensorDictModuleBase:
         nvec, one_hot = choices(member.action_spec, member.key("action"))
-        net = AgentMLP(
+        net = agent_net(
             member.n_agents, member.observation_size, sum(nvec), hidden=hidden, share=share_params,
             agent_id=agent_id, activation=activation, layer_norm=layer_norm, output_gain=output_gain,
-            device=member.device,
+            device=member.device, recurrent=recurrent,
         )  # fmt: skip
         logits = member.key("logits")
         keys = {"logits": logits} | ({"mask": member.key("action_mask")} if member.has_action_mask else {})
         return ProbabilisticActor(
-            TensorDictModule(net, in_keys=[member.key("observation")], out_keys=[logits]),
+            as_module(
+                net, [member.key("observation")], [logits], member.key("actor_hidden"), net.state_shape
+            ),
             in_keys=keys,
             out_keys=[member.key("action")],
             distribution_class=MaskedCategorical,
@@ -408,7 +419,11 @@ class _Unstacked(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, observation: Tensor) -> Any:
+    def forward(self, observation: Tensor, *memory: Tensor) -> Any:
+        if memory:  # the state [*B, layers, h], and is_init, which is no agent's
+            state, is_init = memory
+            *out, states = self.net(observation.unsqueeze(-2), state.unsqueeze(-3), is_init)
+            return (*(x.squeeze(-2) for x in out), states.squeeze(-3))
         out = self.net(observation.unsqueeze(-2))
         return tuple(x.squeeze(-2) for x in out) if isinstance(out, tuple) else out.squeeze(-2)
 
@@ -423,7 +438,7 @@ def agent_actor(actor: TensorDictModuleBase, index: int, views: Views) -> Tensor
 
     Returns:
         TensorDictModuleBase: reads ``"observation"`` ``[*B, o]`` (and ``"action_mask"``), writes ``"action"`` and
-        ``"action_log_prob"`` ``[*B]``.
+        ``"action_log_prob"`` ``[*B]``; a recurrent one carries ``"actor_hidden"`` ``[*B, layers, h]``.
     """
     module, sampler = actor[0], actor[-1]  # type: ignore[index]
     if not hasattr(module.module, "rows"):
@@ -434,10 +449,14 @@ def agent_actor(actor: TensorDictModuleBase, index: int, views: Views) -> Tensor
     net = alone(module.module, index, views)
     kind = net.distribution if isinstance(net, GaussianHead) else sampler.distribution_class
     keys = {k: _flat(key) for k, key in zip(sampler.dist_keys, sampler.in_keys)}
+    flat_in, flat_out = [_flat(k) for k in module.in_keys], [_flat(k) for k in module.out_keys]
+    if isinstance(module, Recurrent):
+        hidden = _flat(module.hidden)
+        own = Recurrent(_Unstacked(net), flat_in[:-2], flat_out[:-1], hidden, module.state_shape[1:])
+    else:
+        own = TensorDictModule(_Unstacked(net), flat_in, flat_out)
     return ProbabilisticActor(
-        TensorDictModule(
-            _Unstacked(net), [_flat(k) for k in module.in_keys], [_flat(k) for k in module.out_keys]
-        ),
+        own,
         in_keys=keys,
         out_keys=["action"],
         distribution_class=kind,

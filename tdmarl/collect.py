@@ -102,6 +102,9 @@ class Stepper:
 class RandomActions:
     """Acts at random where an action is available, and lets the policy write its other entries.
 
+    The policy runs without exploring, so that schedules of exploration stand still, and modules that have to know
+    the action really taken (``follows_action``) run again.
+
     Args:
         env (EnvBase): whose action specs are drawn from; ``(group, "action_mask")`` is obeyed where it is shown.
         policy (TensorDictModuleBase): runs first, so that every batch has the same entries.
@@ -109,6 +112,8 @@ class RandomActions:
 
     def __init__(self, env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase]) -> None:
         self.policy = policy
+        modules = policy.modules() if isinstance(policy, torch.nn.Module) else ()
+        self.followers: list[Any] = [m for m in modules if getattr(m, "follows_action", False)]
         self.specs = {key: env.full_action_spec[key] for key in env.action_keys}
         unbatched = env.full_action_spec_unbatched
         shown = set(env.full_observation_spec.keys(True, True))
@@ -119,7 +124,8 @@ class RandomActions:
         }
 
     def __call__(self, root: TensorDictBase) -> TensorDictBase:
-        root = self.policy(root)
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            root = self.policy(root)
         for key, spec in self.specs.items():
             if key in self.masks:
                 entry, (nvec, one_hot) = self.masks[key]
@@ -128,6 +134,8 @@ class RandomActions:
                 root.set(key, MaskedCategorical(uniform, mask, nvec=nvec, one_hot=one_hot).sample())
             else:
                 root.set(key, spec.rand())
+        for follow in self.followers:
+            root = follow(root)
         return root
 
 

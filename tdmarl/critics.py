@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +17,8 @@ from torchrl.envs import EnvBase
 from tdmarl import reduce
 from tdmarl.actors import choices
 from tdmarl.keys import Group, Team, entry, team
-from tdmarl.nets import AgentMLP, Sharing
+from tdmarl.nets import Sharing
+from tdmarl.recurrent import agent_net, as_module
 
 SCOPES = ("agent", "group", "team", "state")
 
@@ -96,14 +97,23 @@ class JointInput(nn.Module):
 
 
 class _Valued(nn.Module):
-    """Joint input and network as one module, for a TensorDictModule to name its entries."""
+    """Joint input and network as one module, for a TensorDict module to name its entries.
 
-    def __init__(self, joint: JointInput, net: nn.Module) -> None:
+    Args:
+        joint (JointInput): its inputs come first, then those of a network with memory: the state and ``is_init``.
+        net (nn.Module): ``[*B, n, f] -> [*B, n, 1]``.
+        of_team (bool): the network is that of a group of one; the value loses the agents' dimension.
+    """
+
+    def __init__(self, joint: JointInput, net: nn.Module, of_team: bool = False) -> None:
         super().__init__()
-        self.joint, self.net = joint, net
+        self.joint, self.net, self.of_team = joint, net, of_team
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.net(self.joint(*inputs))
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        seen, memory = inputs[: len(self.joint.in_keys)], inputs[len(self.joint.in_keys) :]
+        value, *states = self.net(self.joint(*seen), *memory) if memory else (self.net(self.joint(*seen)),)
+        value = value.squeeze(-2) if self.of_team else value
+        return (value, *states) if memory else value
 
 
 def state_critic(
@@ -118,6 +128,7 @@ def state_critic(
     hidden: Sequence[int] = (64, 64),
     activation: type[nn.Module] = nn.Tanh,
     layer_norm: bool = False,
+    recurrent: str | int | None = None,
 ) -> TensorDictModuleBase:
     """Builds V, the critic of the PPO family.
 
@@ -136,6 +147,9 @@ def state_critic(
         agent_id (bool): tell a shared network whom it values. Without it a shared critic of a common input gives
             every agent the same value, which is wrong as soon as rewards differ.
         hidden, activation, layer_norm: see :class:`~tdmarl.nets.AgentMLP`.
+        recurrent ("gru", int or None): let the critic remember; see :func:`tdmarl.recurrent.agent_net`. It then
+            carries the state ``(group, "critic_hidden")``, ``"critic_hidden"`` if ``joint``, and the collector has
+            to run :class:`tdmarl.recurrent.CarryHidden` behind the policy.
 
     Returns:
         TensorDictModuleBase: writes ``(group, "state_value")`` ``[*B, n, 1]`` for each group; ``"state_value"``
@@ -155,23 +169,22 @@ def state_critic(
                 f"joint=True needs scope 'team' or 'state' and other_actions=False; got scope={scope!r}."
             )
         seen = JointInput(members, members.groups[0], scope, False)
-        one = AgentMLP(
+        one = agent_net(
             1, seen.features, 1, hidden=hidden, activation=activation, layer_norm=layer_norm, output_gain=1.0,
-            device=members.groups[0].device,
+            device=members.groups[0].device, recurrent=recurrent,
         )  # fmt: skip
-        team_value = nn.Sequential(one, nn.Flatten(-2))  # [*B, 1, 1] to [*B, 1]
-        return TensorDictModule(_Valued(seen, team_value), in_keys=seen.in_keys, out_keys=["state_value"])
+        valued = _Valued(seen, one, of_team=True)
+        return as_module(valued, seen.in_keys, ["state_value"], "critic_hidden", one.state_shape)
     modules: list[TensorDictModuleBase] = []
     for member in members:
         seen = JointInput(members, member, scope, other_actions)
-        net = AgentMLP(
+        net = agent_net(
             member.n_agents, seen.features, 1, hidden=hidden, share=share_params,
             agent_id=agent_id and share_params is not False and member.n_agents > 1, activation=activation,
-            layer_norm=layer_norm, output_gain=1.0, device=member.device,
+            layer_norm=layer_norm, output_gain=1.0, device=member.device, recurrent=recurrent,
         )  # fmt: skip
-        modules.append(
-            TensorDictModule(_Valued(seen, net), in_keys=seen.in_keys, out_keys=[member.key("state_value")])
-        )
+        value, state = member.key("state_value"), member.key("critic_hidden")
+        modules.append(as_module(_Valued(seen, net), seen.in_keys, [value], state, net.state_shape))
     return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)
 
 

@@ -16,12 +16,17 @@ entry                                  shape               meaning
 ``(group, "state_value_normalized")``  ``[*B, n, 1]``      what the critic's network regresses
 ``(group, "advantage")``               ``[*B, n, 1]``      standardized generalized advantage
 ``(group, "value_target")``            ``[*B, n, 1]``      lambda-return in reward units
-``("next", group, "reward")``          ``[*B, n, 1]``      reward of the step
+``(group, "action_value")``            ``[*B, n, K]``      value of each discrete action
+``(group, "chosen_action_value")``     ``[*B, n, 1]``      of the action chosen; of the team at the root, ``[*B, 1]``
+``(group, "last_action")``             ``[*B, n, K]``      of the step before, one-hot; zeros where there is none
+``("next", group, "reward")``          ``[*B, n, 1]``      reward of the step; the team's at the root, ``[*B, 1]``
 ``("next", group, "done")``            ``[*B, n, 1]``      the agent's episode is over; also its kinds
 ``("next", group, "episode_reward")``  ``[*B, n, 1]``      undiscounted return of the running episode so far
 ``("next", "done")``                   ``[*B, 1]``         the environment's episode is over; also ``terminated`` ...
 ``"state"``                            ``[*B, s]``         global state (optional)
 ``"is_init"``                          ``[*B, 1]``         first step of an episode
+``(group, "actor_hidden")``            ``[*B, n, l, h]``   a recurrent actor's state before the step, of ``l`` layers;
+                                                           after it under ``next``; also ``critic_hidden``
 =====================================  ==================  =========================================================
 """
 
@@ -251,4 +256,5 @@ def collected(env: EnvBase, policy: Any) -> list[Key]:
     root += list(map(_tuple, env.full_done_spec.keys(True, True)))
     after = root + list(map(_tuple, env.full_reward_spec.keys(True, True)))
     written = list(map(_tuple, policy.out_keys))
-    return [*root, ("is_init",), *(("next", *key) for key in after), *written]
+    carried = [key[1:] for key in written if key[0] == "next"]  # to the next step
+    return [*root, ("is_init",), *(("next", *key) for key in after), *written, *carried]

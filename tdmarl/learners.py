@@ -1,196 +1,19 @@
-"""Schedules: how a collected batch becomes a number of optimization steps, and the buffers between the two."""
+"""Schedules: how a collected batch becomes a number of optimization steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
-from torchrl.data import LazyTensorStorage, RandomSampler, TensorDictReplayBuffer
+from torch import Tensor, nn
+from torchrl.modules import set_recurrent_mode
 
 from tdmarl import reduce, seeds
+from tdmarl.buffers import BatchBuffer, Buffer
 from tdmarl.step import Annealing, Step
-
-
-class Buffer(Protocol):
-    """What a learner asks of a buffer; TorchRL's replay buffers have it."""
-
-    def extend(self, data: TensorDictBase) -> Any: ...  # noqa: D102, E704
-
-    def sample(self) -> TensorDictBase: ...  # noqa: D102, E704
-
-
-class BatchBuffer:
-    """Holds the latest batch and goes through it in minibatches without replacement: the buffer of on-policy learning.
-
-    A batch ``[E, T]`` is cut into rows: ``[E * T]``, or ``[E * T / L, L]`` for sequences. Each epoch draws a new
-    permutation on the data's device. All minibatches have one size, so that shapes never change: the rows are
-    divided into ``ceil(rows / minibatch_size)`` equal parts, and the at most that many rows left over sit this epoch
-    out (unlike TorchRL's ``SamplerWithoutReplacement``, whose last minibatch is short).
-
-    Args:
-        minibatch_size (int, optional): the most rows in a minibatch; None takes all rows at once.
-        num_epochs (int): how often the batch is gone through.
-        sequence_length (int): ``L``; 1 is feed-forward and leaves no time dimension.
-        apart (sequence of (str, int)): groups with their number of agents whose agents draw *their own* rows each: a
-            minibatch then holds one block of rows per agent, in which ``(group, "mask")`` is True for that agent
-            alone, so that every joint input is taken at that agent's rows. Empty: all agents share the rows.
-        seed_axis (bool): the batch is ``[seeds, E, T]``; each seed draws its own rows.
-        seed (int): of the permutations.
-        device (torch.device): where they are drawn; the data's, so that nothing is copied.
-    """
-
-    def __init__(
-        self,
-        minibatch_size: int | None = None,
-        num_epochs: int = 1,
-        *,
-        sequence_length: int = 1,
-        apart: Sequence[tuple[str, int]] = (),
-        seed_axis: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        for name, number in (
-            ("minibatch_size", 1 if minibatch_size is None else minibatch_size),
-            ("num_epochs", num_epochs),
-            ("sequence_length", sequence_length),
-        ):
-            if number < 1:
-                raise ValueError(f"{name}={number} must be at least 1.")
-        self.minibatch_size, self.num_epochs, self.sequence_length = (
-            minibatch_size,
-            num_epochs,
-            sequence_length,
-        )
-        if apart and seed_axis:
-            raise ValueError("Agents apart and a seed axis do not go together: train the seeds one by one.")
-        self.apart, self.seed_axis = list(apart), seed_axis
-        self.generator = torch.Generator(device=device).manual_seed(seed)
-        self._rows: TensorDictBase | None = None
-        self._parts: list[Tensor] = []
-
-    @property
-    def n_minibatches(self) -> int:
-        """Minibatches in an epoch of the batch held."""
-        return -(-len(self) // (self.minibatch_size or max(1, len(self))))
-
-    @property
-    def n_updates(self) -> int:
-        """Minibatches in all epochs of the batch held."""
-        return self.num_epochs * self.n_minibatches
-
-    def __len__(self) -> int:
-        """Rows held (of each seed)."""
-        return 0 if self._rows is None else self._rows.shape[int(self.seed_axis)]
-
-    def extend(self, data: TensorDictBase) -> None:
-        """Replaces the batch held.
-
-        Args:
-            data (TensorDictBase): ``[E, T]``, any number of leading dimensions; ``[seeds, E, T]`` with a seed axis.
-
-        Raises:
-            ValueError: if ``T`` is no multiple of ``sequence_length`` or a minibatch would be larger than the batch.
-        """
-        length, first = self.sequence_length, int(self.seed_axis)
-        if length > 1:
-            steps = data.shape[-1]
-            if steps % length:
-                below, above = steps - steps % length or length, steps + length - steps % length
-                raise ValueError(
-                    f"The batch has {steps} steps in time, which is no multiple of sequence_length={length}: "
-                    f"collect {below} or {above} steps of each environment."
-                )
-            data = data.reshape(*data.shape[:-1], steps // length, length)
-            data = data.flatten(first, -2) if data.ndim > first + 2 else data
-        else:
-            data = data.flatten(first, -1) if data.ndim > first + 1 else data
-        rows = data.shape[first]
-        if self.minibatch_size is not None and self.minibatch_size > rows:
-            raise ValueError(
-                f"minibatch_size={self.minibatch_size} is larger than the batch of {rows} rows of length {length}: "
-                f"lower it to at most {rows}, or collect more frames."
-            )
-        self._rows, self._parts = data, []
-
-    def sample(self) -> TensorDictBase:
-        """The next minibatch, ``[M]`` or ``[M, L]``; ``[seeds, M, ...]`` with a seed axis."""
-        if self._rows is None:
-            raise RuntimeError("The buffer is empty: extend it with a batch before sampling.")
-        if not self._parts:
-            self._parts = self._epoch()
-        index = self._parts.pop(0)
-        if self.apart:
-            return self._apart(index)
-        if self.seed_axis:
-            seeds = torch.arange(len(index), device=index.device).unsqueeze(-1)
-            return self._rows[seeds, index]
-        return self._rows[index]
-
-    def _epoch(self) -> list[Tensor]:
-        """Row indices of an epoch's minibatches: ``[M]``, or one such row of indices per seed or agent."""
-        assert self._rows is not None
-        rows, blocks = (
-            len(self),
-            self._rows.shape[0] if self.seed_axis else sum(n for _, n in self.apart) or None,
-        )
-        size = rows // self.n_minibatches
-
-        def permutation() -> Tensor:
-            order = torch.randperm(rows, generator=self.generator, device=self.generator.device)
-            return order[: size * self.n_minibatches]
-
-        order = permutation() if blocks is None else torch.stack([permutation() for _ in range(blocks)])
-        return list(order.split(size, -1))
-
-    def _apart(self, index: Tensor) -> TensorDictBase:
-        assert self._rows is not None
-        data = self._rows[index.flatten()]
-        size, block = index.shape[1], 0
-        for group, n_agents in self.apart:
-            mine = torch.zeros(len(index), n_agents, dtype=torch.bool, device=index.device)  # [blocks, n]
-            mine[block : block + n_agents] = torch.eye(n_agents, dtype=torch.bool, device=index.device)
-            mine = mine.repeat_interleave(size, 0)  # [blocks * M, n]
-            alive = data.get((group, "mask"), None)
-            if alive is not None:
-                mine = mine.reshape(-1, *[1] * (alive.ndim - 2), n_agents) & alive
-            else:
-                mine = mine.reshape(-1, *[1] * (data.ndim - 1), n_agents).expand(*data.shape, n_agents)
-            data.set((group, "mask"), mine)
-            block += n_agents
-        return data
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generator's state; the batch itself is used up within one iteration."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
-        self.generator.set_state(state["generator"].cpu())
-        self._rows, self._parts = None, []
-
-
-def replay_buffer(
-    capacity: int, batch_size: int, *, seed: int = 0, device: torch.device | str = "cpu"
-) -> TensorDictReplayBuffer:
-    """A TorchRL replay buffer on the data's device that samples uniformly: the buffer of off-policy learning.
-
-    Args:
-        capacity (int): rows kept; older ones are overwritten.
-        batch_size (int): rows of a sample.
-        seed (int): of the samples.
-        device (torch.device): where the rows lie (TorchRL's own default is the CPU).
-    """
-    return TensorDictReplayBuffer(
-        storage=LazyTensorStorage(capacity, device=device),
-        sampler=RandomSampler(),
-        batch_size=batch_size,
-        generator=torch.Generator(device=device).manual_seed(seed),
-    )
 
 
 class Learner:
@@ -204,11 +27,14 @@ class Learner:
         updates (int, optional): steps per batch; None asks a :class:`BatchBuffer` for its epochs.
         prepare (callable, optional): batch to batch, such as :class:`~tdmarl.prepare.Advantage`.
         annealing (Annealing, optional): advanced by the frames of each batch, after its updates.
+        modules (mapping of str to nn.Module, optional): what else changes and belongs to the state, such as an
+            exploration schedule, or moments that ``prepare`` takes in.
         mode (str): see :meth:`Step.accelerate`.
         seed (int): of what ``prepare`` draws, such as the next actions of a critic that reads them.
 
     Returns:
-        calling it with a batch ``[*B, T]`` returns a tensordict of metrics, averaged over the steps, on the device.
+        calling it with a batch ``[*B, T]`` returns a tensordict of metrics, averaged over the steps, on the device;
+        an empty one while a buffer says that it is not ``ready``.
     """
 
     def __init__(
@@ -219,6 +45,7 @@ class Learner:
         updates: int | None = None,
         prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
         annealing: Annealing | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
         mode: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -233,6 +60,7 @@ class Learner:
             prepare,
             annealing,
         )
+        self.modules = dict(modules or {})
         self._take = step.accelerate(mode)
         self.generator = torch.Generator(step.parts[0].params[0].device).manual_seed(seed)
 
@@ -244,16 +72,27 @@ class Learner:
                 batch = self.prepare(batch)
         self._check(batch)
         rows = batch.select(*self.step.in_keys, *self.step.optional_keys, strict=False)
-        # a BatchBuffer cuts rows itself; TorchRL's buffers store what they are given, one transition a row
-        self.buffer.extend(rows if isinstance(self.buffer, BatchBuffer) else rows.reshape(-1))
+        # ours cut rows themselves; TorchRL's buffers store what they are given, one transition a row
+        self.buffer.extend(rows if getattr(self.buffer, "cuts_rows", False) else rows.reshape(-1))
         self.step.begin()
         taken = self.buffer.n_updates if self.updates is None else self.updates  # type: ignore[attr-defined]
-        metrics = [self._take(self.buffer.sample()) for _ in range(taken)]
+        if not getattr(self.buffer, "ready", True):
+            taken = 0
+        metrics = [self._update() for _ in range(taken)]
         if self.annealing is not None:
             self.annealing.advance(frames)
         names = list(dict.fromkeys(key for m in metrics for key in m.keys()))
         found = {name: torch.stack([m.get(name) for m in metrics if name in m.keys()]) for name in names}
         return TensorDict({name: values.sum(0) / len(values) for name, values in found.items()})
+
+    def _update(self) -> TensorDictBase:
+        rows = self.buffer.sample()
+        found = self._take(rows)
+        if self.step.row_keys:
+            for key in self.step.row_keys:
+                rows.set(key, found.pop(key))
+            self.buffer.update_tensordict_priority(rows)  # type: ignore[attr-defined]
+        return found
 
     def _check(self, batch: TensorDictBase) -> None:
         missing = [key for key in self.step.in_keys if batch.get(key, None) is None]
@@ -267,11 +106,14 @@ class Learner:
         """All that learning changes: losses, optimizers, buffer, schedules, generators."""
         state = {"step": self.step.state_dict(), "buffer": self.buffer.state_dict()}  # type: ignore[attr-defined]
         state |= {"generator": self.generator.get_state()}
+        state |= {name: module.state_dict() for name, module in self.modules.items()}
         return state | ({"annealing": self.annealing.state_dict()} if self.annealing is not None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.step.load_state_dict(state["step"])
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
         self.buffer.load_state_dict(state["buffer"])  # type: ignore[attr-defined]
         self.generator.set_state(state["generator"].cpu())
         if self.annealing is not None:
@@ -297,15 +139,17 @@ class AgentUpdate:
     def view(self, batch: TensorDictBase) -> TensorDictBase:
         """The agent alone: its entries ``[*B]`` under flat keys, its advantage times its factor."""
         keys = dict.fromkeys([*self.step.in_keys, *self.step.optional_keys, *self.actor.in_keys, "factor"])
+        common = {key: batch.get(key) for key in keys if key == "is_init"}  # no agent's
         group = {key: batch.get((self.group, key), None) for key in keys}  # each [*B, n, ...]
-        mine = {key: x.select(batch.ndim, self.index) for key, x in group.items() if x is not None}
+        mine = {key: x.select(batch.ndim, self.index) for key, x in group.items() if x is not None} | common
         mine["advantage"] = mine["factor"] * mine["advantage"]
         return TensorDict(mine, batch_size=batch.batch_size)
 
     @torch.no_grad()
     def log_prob(self, view: TensorDictBase) -> Tensor:
-        """Of the actions taken, by the agent's present policy, ``[*B]``."""
-        return self.actor.get_dist(view.select(*self.actor.in_keys)).log_prob(view.get("action"))
+        """Of the actions taken, by the agent's present policy, ``[*B]``; a recurrent one starts at the stored state."""
+        with set_recurrent_mode(True):
+            return self.actor.get_dist(view.select(*self.actor.in_keys)).log_prob(view.get("action"))
 
 
 class SequentialLearner:
@@ -349,7 +193,9 @@ class SequentialLearner:
         self.order, self.annealing = order, annealing
         groups = dict.fromkeys(agent.group for agent in agents)
         self.factors = {} if factor is None else {group: factor(group) for group in groups}
-        self.generator = torch.Generator().manual_seed(seed)  # on the host: the order is one of Python's calls
+        self.generator = torch.Generator().manual_seed(
+            seed
+        )  # on the host: the order is one of Python's calls
         self._take = [agent.step.accelerate(mode) for agent in agents]
         self.last_order: list[int] = []
 

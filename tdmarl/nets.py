@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdmarl.gru import gru
+
 Sharing = Union[bool, Sequence[Sequence[int]]]
 """True: one set of parameters; False: one per agent; ``[[0, 1], [2]]``: agents 0 and 1 share, 2 has its own."""
 
@@ -187,6 +189,9 @@ class AgentMLP(nn.Module):
         torch.Size([5, 3, 2])
     """
 
+    state_shape: tuple[int, ...] | None = None
+    """Of a recurrent network's state; this one has none."""
+
     def __init__(
         self,
         n_agents: int,
@@ -233,3 +238,145 @@ class AgentMLP(nn.Module):
             )
         y = self.layers(x)
         return y.expand(*y.shape[:-2], self.n_agents, -1)
+
+
+class AgentGRU(nn.Module):
+    """A gated recurrent unit for each agent of a group, with parameters shared as an :class:`AgentLinear`'s are.
+
+    Whether it is asked for one step, or for a whole sequence from the state before it, is told by the ranks of input
+    and state. Inside a sequence the state is emptied wherever an episode begins. Agents that share parameters
+    go through one pass together; see :mod:`tdmarl.gru` for how.
+
+    Args:
+        n_agents (int): ``n``.
+        in_features (int): ``in``.
+        hidden_size (int): ``h``.
+        layers (int): units on top of each other.
+        share (bool or sequence of sequences of int): see :data:`Sharing`.
+        device (torch.device, optional): where the parameters live.
+
+    The parameters have the names and the layout of ``torch.nn.GRU``'s, with one row for each set of agents in front.
+
+    Shape:
+        a step: ``[*B, n, in]``, state ``[*B, n, layers, h]`` and ``is_init`` ``[*B, 1]`` to the next state, of the
+        same shape. A sequence: ``[*B, L, n, in]``, state ``[*B, n, layers, h]`` before the first step and
+        ``is_init`` ``[*B, L, 1]`` to the states after each step, ``[*B, L, n, layers, h]``. The output of the unit is
+        the state of the last layer.
+
+    Example:
+        >>> net, x, state = AgentGRU(3, 4, 8), torch.randn(5, 10, 3, 4), torch.zeros(5, 3, 1, 8)
+        >>> begins = torch.zeros(5, 10, 1, dtype=torch.bool)
+        >>> states = net(x, state, begins)
+        >>> for t in range(10):
+        ...     state = net(x[:, t], state, begins[:, t])
+        >>> torch.allclose(states[:, -1], state, atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        n_agents: int,
+        in_features: int,
+        hidden_size: int,
+        *,
+        layers: int = 1,
+        share: Sharing = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or layers < 1:
+            raise ValueError(f"hidden_size={hidden_size} and layers={layers} must be at least 1.")
+        self.n_agents, self.in_features, self.hidden_size, self.layers = (
+            n_agents,
+            in_features,
+            hidden_size,
+            layers,
+        )
+        sets = parameter_sets(n_agents, share)
+        n_sets, rows = max(sets) + 1, 3 * hidden_size
+        self.names: list[tuple[str, ...]] = []  # of each layer's parameters, in torch's order
+        for k in range(layers):
+            shapes = {
+                "weight_ih": (rows, hidden_size if k else in_features),
+                "weight_hh": (rows, hidden_size),
+            }
+            for name, shape in (shapes | {"bias_ih": (rows,), "bias_hh": (rows,)}).items():
+                stacked = torch.zeros(n_sets, *shape)
+                if len(shape) == 2:
+                    for part in stacked:
+                        nn.init.orthogonal_(part)
+                self.register_parameter(f"{name}_l{k}", nn.Parameter(stacked.to(device)))
+            self.names.append(
+                tuple(f"{name}_l{k}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            )
+        self.sets = None if n_sets in (1, n_agents) else sets
+        self.rows = [{name: s for names in self.names for name in names} for s in sets]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """``(n, layers, h)``."""
+        return (self.n_agents, self.layers, self.hidden_size)
+
+    def forward(self, x: Tensor, state: Tensor, is_init: Tensor) -> Tensor:
+        a_step = x.ndim == state.ndim - 1
+        if (
+            state.shape[-3:] != self.state_shape
+            or (not a_step and x.ndim != state.ndim)
+            or x.shape[-2:] != (self.n_agents, self.in_features)
+        ):
+            raise ValueError(
+                f"AgentGRU got an input of shape {tuple(x.shape)} and a state of shape {tuple(state.shape)}; expected "
+                f"[*B, {self.n_agents}, {self.in_features}], or [*B, L, ...] for a sequence, and a state [*B, "
+                f"{', '.join(map(str, self.state_shape))}]."
+            )
+        if is_init.shape != (*x.shape[:-2], 1):
+            raise ValueError(
+                f"AgentGRU got is_init of shape {tuple(is_init.shape)}; expected {(*x.shape[:-2], 1)}: one entry for "
+                "each step of each environment."
+            )
+        states = []
+        for layer, before in zip(self.names, state.unbind(-2)):
+            weights = [getattr(self, name) for name in layer]
+            x = (
+                self._step(x, before, is_init, weights)
+                if a_step
+                else self._sequence(x, before, is_init, weights)
+            )
+            states.append(x)
+        return torch.stack(states, -2)
+
+    def _step(self, x: Tensor, state: Tensor, is_init: Tensor, weights: list[Tensor]) -> Tensor:
+        state = state.masked_fill(is_init.unsqueeze(-1), 0)  # [*B, n, h]
+        weight_ih, weight_hh, bias_ih, bias_hh = (_of_agents(weight, self.sets) for weight in weights)
+        if len(weight_ih) == 1:
+            return torch.gru_cell(
+                x.reshape(-1, x.shape[-1]), state.reshape(-1, state.shape[-1]),
+                weight_ih[0], weight_hh[0], bias_ih[0], bias_hh[0],
+            ).reshape(state.shape)  # fmt: skip
+        seen = (torch.einsum("...ni,noi->...no", x, weight_ih) + bias_ih).chunk(3, -1)
+        kept = (torch.einsum("...ni,noi->...no", state, weight_hh) + bias_hh).chunk(3, -1)
+        reset, update = torch.sigmoid(seen[0] + kept[0]), torch.sigmoid(seen[1] + kept[1])
+        new = torch.tanh(seen[2] + reset * kept[2])
+        return new + update * (state - new)
+
+    def _sequence(self, x: Tensor, state: Tensor, is_init: Tensor, weights: list[Tensor]) -> Tensor:
+        sets = len(weights[0])
+        of_agent = ([0] if sets == 1 else list(range(sets))) if self.sets is None else self.sets
+        if sets == 1:
+            of_agent = of_agent * self.n_agents
+        parts: list[Tensor] = [x] * self.n_agents
+        for s in range(sets):
+            agents = [agent for agent, own in enumerate(of_agent) if own == s]
+            mine = slice(None) if len(agents) == self.n_agents else agents
+            own, before = x[..., mine, :].movedim(-3, 0), state[..., mine, :]  # [L, *B, k, in], [*B, k, h]
+            begins = is_init.movedim(-2, 0).expand(own.shape[:-1])  # [L, *B, k]
+            after = gru(
+                own.reshape(len(own), -1, own.shape[-1]), before.reshape(-1, before.shape[-1]),
+                begins.reshape(len(own), -1), [weight[s] for weight in weights],
+            )  # fmt: skip
+            after = after.reshape(len(own), *before.shape).movedim(0, -3)  # [*B, L, k, h]
+            if sets == 1:
+                return after
+            for agent, part in zip(agents, after.unbind(-2)):
+                parts[agent] = part
+        return torch.stack(parts, -2)

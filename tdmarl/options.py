@@ -123,6 +123,10 @@ class OnPolicyOptions(Options):
     """Largest norm of the actor's and of the critic's gradient."""
     anneal: bool = False
     """Let the learning rates and the entropy bonus fall to zero over --total-frames."""
+    recurrent: bool = False
+    """Let actor and critic remember: a gated recurrent unit after the hidden layers."""
+    chunk_length: int = 10
+    """With --recurrent: steps in the sequences learned from; divides the steps of a batch."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot be meant."""
@@ -132,6 +136,16 @@ class OnPolicyOptions(Options):
                 f"--minibatch-size {self.minibatch_size} must be between 1 and the batch's "
                 f"{self.frames_per_batch} frames (--frames-per-batch)"
             )
+        steps = self.frames_per_batch // self.num_envs
+        if self.recurrent and not (1 <= self.chunk_length <= steps and steps % self.chunk_length == 0):
+            raise ValueError(
+                f"--chunk-length {self.chunk_length} must divide the {steps} steps of a batch "
+                "(--frames-per-batch over --num-envs)"
+            )
+        if self.recurrent and self.minibatch_size < self.chunk_length:
+            raise ValueError(
+                f"--minibatch-size {self.minibatch_size} holds no sequence of --chunk-length {self.chunk_length}"
+            )
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of :func:`tdmarl.mappo`, :func:`tdmarl.ippo` and :func:`tdmarl.happo`."""
@@ -140,7 +154,115 @@ class OnPolicyOptions(Options):
             "seed", "mode",
         )  # fmt: skip
         horizon = self.total_frames if self.anneal else None
-        return {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
+        given = {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
+        if self.recurrent:  # minibatches are counted in rows, which are sequences then
+            rows = self.minibatch_size // self.chunk_length
+            given |= {"recurrent": "gru", "chunk_length": self.chunk_length, "minibatch_size": rows}
+        return given
+
+
+@dataclasses.dataclass(kw_only=True)
+class OffPolicyOptions(Options):
+    """What the recipes of Q-learning have in common, with defaults for VMAS on a laptop; actions are discrete."""
+
+    num_envs: int = 256
+    """Environments simulated side by side."""
+    frames_per_batch: int = 5_120
+    """Frames (environment steps over all environments) between two rounds of updates; a multiple of --num-envs."""
+    total_frames: int = 512_000
+    """Frames of the whole run, those before a resume included."""
+    eval_every: int = 10
+    """Iterations between two evaluations; 0: only the last one is evaluated."""
+    checkpoint_every: int = 20
+    """Iterations between two checkpoints, which hold the replay buffer; 0: only at the end. A signal writes one."""
+    lr: float = 1e-3
+    """Learning rate."""
+    num_updates: int = 32
+    """Optimization steps after each batch."""
+    minibatch_size: int = 2_048
+    """Frames per minibatch."""
+    gamma: float = 0.9
+    """Discount of rewards."""
+    double_q: bool = True
+    """Let the online network choose the next action that the target network values."""
+    n_steps: int = 1
+    """Rewards added up before a value, within --chunk-length."""
+    lmbda: float = 0.0
+    """Weight of long returns, within --chunk-length."""
+    recurrent: bool = False
+    """Let the networks remember: a gated recurrent unit after a hidden layer."""
+    chunk_length: int = 10
+    """With --recurrent, --n-steps or --lmbda: steps in the sequences learned from; divides the steps of a batch."""
+    burn_in: int = 0
+    """With --recurrent: steps at the beginning of a sequence that only bring the state up to date."""
+    width: int = 128
+    """Of each of the networks' two hidden layers."""
+    last_action: bool = False
+    """Let the networks see the agent's last action."""
+    share_params: bool = True
+    """One network for all agents of a group, or one each."""
+    buffer_size: int = 409_600
+    """Frames that the replay buffer keeps."""
+    storage: Literal["device", "cpu", "memmap"] = "device"
+    """Where the replay buffer lies: with the simulator, in main memory, or in a memory-mapped file."""
+    prioritized: bool = False
+    """Replay in proportion to errors."""
+    init_random_frames: int = 0
+    """Frames collected with random actions first."""
+    learning_starts: int = 0
+    """Frames to be in the replay buffer before the first update."""
+    tau: float = 0.01
+    """Share by which targets follow the networks at every update; 0: they are copied at every --target-every."""
+    target_every: int = 100
+    """With --tau 0: updates between two copies of the networks to the targets."""
+    epsilon_end: float = 0.05
+    """Probability of a random action, from --epsilon-frames on; it falls from 1."""
+    epsilon_frames: int = 100_000
+    """Frames until then."""
+    max_grad_norm: float = 10.0
+    """Largest norm of the gradient."""
+    standardize_reward: bool = False
+    """Standardize rewards by running moments."""
+    anneal: bool = True
+    """Let the learning rate fall to zero over --total-frames."""
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot be meant."""
+        super().check()
+        steps = self.frames_per_batch // self.num_envs
+        if not (1 <= self.row_length() <= steps and steps % self.row_length() == 0):
+            raise ValueError(
+                f"--chunk-length {self.chunk_length} must divide the {steps} steps of a batch "
+                "(--frames-per-batch over --num-envs)"
+            )
+        if self.frames_per_batch > self.buffer_size:
+            raise ValueError(
+                f"--buffer-size {self.buffer_size} must be at least --frames-per-batch {self.frames_per_batch}"
+            )
+        if not 1 <= self.minibatch_size <= self.buffer_size:
+            raise ValueError(
+                f"--minibatch-size {self.minibatch_size} must be between 1 and the replay buffer's "
+                f"{self.buffer_size} frames (--buffer-size)"
+            )
+
+    def row_length(self) -> int:
+        """Steps in a row of the replay buffer: one, unless something looks further."""
+        return self.chunk_length if self.recurrent or self.n_steps > 1 or self.lmbda > 0 else 1
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`tdmarl.iql`, :func:`tdmarl.vdn` and :func:`tdmarl.qmix`."""
+        names = (
+            "lr", "num_updates", "minibatch_size", "gamma", "double_q", "n_steps", "lmbda", "burn_in", "last_action",
+            "share_params", "buffer_size", "storage", "prioritized", "learning_starts", "target_every", "epsilon_end",
+            "epsilon_frames", "max_grad_norm", "standardize_reward", "seed", "mode",
+        )  # fmt: skip
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        given["hidden"] = (self.width,) if self.recurrent else (self.width, self.width)
+        given["tau"] = self.tau or None
+        given["anneal_frames"] = self.total_frames if self.anneal else None
+        given["recurrent"] = "gru" if self.recurrent else None
+        given["sequence_length"] = self.row_length()
+        return given
 
 
 def flag(name: str) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
 
 from tdmarl import reduce
 from tdmarl.keys import entry, per_agent
+from tdmarl.recurrent import after, hidden_keys
 
 
 def generalized_advantage(
@@ -46,7 +49,8 @@ def generalized_advantage(
     running = torch.zeros_like(delta.select(time_dim, 0))
     advantages = []
     for d, over in zip(reversed(delta.unbind(time_dim)), reversed(done.unbind(time_dim))):
-        running = d + (gamma * lmbda * running).masked_fill(over, 0)  # what comes after an end may hold anything
+        # what comes after an end may hold anything
+        running = d + (gamma * lmbda * running).masked_fill(over, 0)
         advantages.append(running)
     advantage = torch.stack(advantages[::-1], time_dim)
     return advantage, advantage + value
@@ -63,6 +67,10 @@ class Advantage(TensorDictModuleBase):
     The value of a next state is that of the following row, except where an episode ends or the batch does: there
     the critic is asked about ``next``. A critic that reads actions (``other_actions``) is given what the agents
     did next, and at such ends what ``actor`` would do.
+
+    A recurrent critic goes through ``[*B, T]`` in one pass from its state at the first step. At an end it is asked
+    about the true next observation with the state after that step. Its states before every step replace those in the
+    batch, so that rows cut from it start right.
 
     Args:
         critic (TensorDictModuleBase): writes ``(group, "state_value")`` for each group.
@@ -101,15 +109,13 @@ class Advantage(TensorDictModuleBase):
             raise ValueError(
                 "The critic reads actions: Advantage needs actor= to know those after the last step."
             )
-        states = [key for key in critic.in_keys if not self._is_action(key)]
-        if "is_init" in critic.in_keys:
-            raise ValueError(
-                "The critic is recurrent (it reads 'is_init'): Advantage asks about single states. Give it a critic of "
-                "the present observation or state."
-            )
-        self.in_keys = [*critic.in_keys, *(("next", *((k,) if isinstance(k, str) else k)) for k in states)]
+        self.hidden = hidden_keys(critic)
+        carried = {"is_init", *self.hidden}
+        states = [key for key in critic.in_keys if not self._is_action(key) and key not in carried]
+        self.in_keys = [*critic.in_keys, *(after(key) for key in states)]
+        written = [key for key in critic.out_keys if key not in list(map(after, self.hidden))]
         self.out_keys = [
-            *critic.out_keys,
+            *written,
             *(entry(g, k) for g in self.groups for k in ("advantage", "value_target")),
         ]
 
@@ -118,11 +124,14 @@ class Advantage(TensorDictModuleBase):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        valued = self.critic(tensordict.select(*self.critic.in_keys))
-        written = valued.select(*self.critic.out_keys)
-        after = self._next_values(tensordict, written)
+        with set_recurrent_mode(True):
+            valued = self.critic(tensordict.select(*self.critic.in_keys, strict=False))
+        states = {key: valued.get(after(key)) for key in self.hidden}  # after each step
+        written = valued.select(*(key for key in self.critic.out_keys if key in self.out_keys))
+        with set_recurrent_mode(False):  # single steps, each with its own state
+            following = self._next_values(tensordict, written, states)
         for group in self.groups:
-            value, next_value = (td.get(entry(group, "state_value")) for td in (written, after))
+            value, next_value = (td.get(entry(group, "state_value")) for td in (written, following))
             reward, done, terminated = (
                 per_agent(tensordict, group, name, value) for name in ("reward", "done", "terminated")
             )
@@ -137,9 +146,17 @@ class Advantage(TensorDictModuleBase):
                 advantage = reduce.standardize(advantage, mask, per_agent=self.standardize == "agent")
             tensordict.set(entry(group, "advantage"), advantage)
             tensordict.set(entry(group, "value_target"), target)
+        time = tensordict.ndim - 1
+        for key, state in states.items():
+            first, begins = tensordict.get(key).narrow(time, 0, 1), tensordict.get("is_init")
+            before = torch.cat([first, state.narrow(time, 0, state.shape[time] - 1)], time)
+            begins = begins.reshape(begins.shape[:-1] + (1,) * (before.ndim - begins.ndim + 1))
+            tensordict.set(key, before.masked_fill(begins, 0))
         return tensordict.update(written)
 
-    def _next_values(self, batch: TensorDictBase, written: TensorDictBase) -> TensorDictBase:
+    def _next_values(
+        self, batch: TensorDictBase, written: TensorDictBase, states: dict[NestedKey, Tensor]
+    ) -> TensorDictBase:
         """The critic's values of the next states, ``[*B, T]``."""
         done = batch.get(("next", "done"))
         end = done.squeeze(-1).clone()  # [*B, T]
@@ -147,6 +164,9 @@ class Advantage(TensorDictModuleBase):
         following = batch.get("next").select(
             *(k for k in self.critic.in_keys if not self._is_action(k)), strict=False
         )
+        following.set("is_init", torch.zeros_like(done))  # the step goes on from the episode's last one
+        for key, state in states.items():
+            following.set(key, state)
         values = [entry(g, "state_value") for g in self.groups]
         time = end.ndim - 1
         shifted = written.select(*values).apply(lambda v: v.roll(-1, time))
@@ -165,9 +185,59 @@ class Advantage(TensorDictModuleBase):
             return following
         assert self.actor is not None
         state = batch.get("next").select(*self.actor.in_keys, strict=False)
+        state.set("is_init", torch.zeros_like(batch.get(("next", "done"))))
         with set_exploration_type(ExplorationType.RANDOM):
             acted = self.actor(state)
         return following.update(acted.select(*((g, "action") for g in self.groups)))
+
+
+class RewardNorm(nn.Module):
+    """Running moments of all rewards collected so far, by which a loss standardizes those it replays.
+
+        ``r <- (r - mean) / max(std, eps)``
+
+    as EPyMARL does by default. Subtracting the mean changes what is optimal where the length of an episode depends
+    on the actions: then a constant is paid for every step more. The moments are exact (Chan et al. 1979), over live
+    agents and all ranks.
+
+    Args:
+        eps (float): the least standard deviation.
+        device (torch.device, optional): where the moments live.
+
+    Example:
+        >>> norm = RewardNorm()
+        >>> norm.update(torch.tensor([[1.0], [3.0]]))
+        >>> norm.update(torch.tensor([[5.0], [7.0]]))
+        >>> norm.mean.item(), norm.variance.item()
+        (4.0, 5.0)
+    """
+
+    def __init__(self, eps: float = 1e-4, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.count: Tensor
+        self.mean: Tensor
+        self.variance: Tensor
+        for name in ("count", "mean", "variance"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def update(self, reward: Tensor, mask: Tensor | None = None) -> None:
+        """Takes in a batch of rewards ``[*B, 1]`` or ``[*B, n, 1]`` where ``mask`` is True."""
+        rewards = reward.double()
+        mean, variance = (x.reshape(()) for x in reduce.moments(rewards, mask))
+        count = reduce.total(torch.ones_like(rewards), mask)
+        share = count / (self.count + count).clamp_min(1)
+        delta = mean - self.mean
+        self.variance.lerp_(variance + delta.square() * (1 - share), share)
+        self.mean.lerp_(mean, share)
+        self.count += count
+
+    def normalize(self, reward: Tensor) -> Tensor:
+        """Standardized by what has been taken in; as they are before anything was."""
+        std = self.variance.sqrt().clamp_min(self.eps)
+        std = std.masked_fill(self.count == 0, 1)
+        return (reward - self.mean.to(reward.dtype)) / std.to(reward.dtype)
 
 
 class TeamReward(TensorDictModuleBase):

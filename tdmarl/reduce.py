@@ -84,6 +84,11 @@ def mean(x: Tensor, mask: Tensor | None = None, *, per_agent: bool = False) -> T
     return share
 
 
+def total(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The sum over entries that count: of all ranks, each seed apart; without gradient. See :func:`mean`."""
+    return _over_ranks(_sums(x, mask, False)[0])
+
+
 def scalar(x: Tensor) -> Tensor:
     """A metric of any shape as one number, or as one for each seed: the mean of what is left over."""
     return mean(x.float()) if x.ndim > _seed_dims else x

@@ -53,6 +53,8 @@ class Part:
             needs a fused optimizer: its ``found_inf`` leaves parameters, moments and step count unchanged.
         name (str): tells this part's ``grad_norm_<name>`` from the others'.
         prefix (str): put before all of this part's metrics, such as the group's name where there are several.
+        row_keys (sequence of NestedKey): entries ``[M, ...]`` that the loss writes into the minibatch, such as the
+            priorities of its rows; the step hands them back beside the metrics.
     """
 
     loss: TensorDictModuleBase
@@ -62,6 +64,7 @@ class Part:
     stop_above: tuple[str, float] | None = None
     name: str = ""
     prefix: str = ""
+    row_keys: Sequence[NestedKey] = ()
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -85,7 +88,8 @@ class Step:
 
     Args:
         parts (sequence of Part): such as PPO's actor and critic, or MADDPG's critic and then its actor.
-        after (callable, optional): called last, such as a target updater's ``step``.
+        after (callable, optional): called last, such as a :class:`~tdmarl.targets.TargetUpdate` (a module, so its
+            count is part of the state) or the ``step`` of one of TorchRL's updaters.
         seed_axis (bool): the first dimension of parameters and data is one of seeds: losses of all seeds are added
             up (they share no parameter), metrics are ``[seeds]``.
 
@@ -126,6 +130,11 @@ class Step:
         """What the losses read where it is there: masks."""
         return list(dict.fromkeys(k for part in self.parts for k in getattr(part.loss, "optional_keys", ())))
 
+    @property
+    def row_keys(self) -> list[NestedKey]:
+        """What comes back beside the metrics for each row."""
+        return [key for part in self.parts for key in part.row_keys]
+
     def begin(self) -> None:
         """A new batch begins: parts that stopped early go on."""
         for part in self.parts:
@@ -139,7 +148,8 @@ class Step:
             batch (TensorDictBase): ``[M]`` or ``[M, L]``; ``[seeds, M, ...]`` with a seed axis.
 
         Returns:
-            TensorDict: detached scalars: what the losses write, and each part's ``grad_norm`` before clipping.
+            TensorDict: detached scalars: what the losses write, and each part's ``grad_norm`` before clipping; and
+            the parts' ``row_keys``.
         """
         metrics = TensorDict({}, device=batch.device)
         with reduce.seed_axis(self.seed_axis):
@@ -156,7 +166,8 @@ class Step:
         part: Part, forward: Callable[[TensorDictBase], TensorDictBase], batch: TensorDictBase
     ) -> dict[str, Tensor]:
         params = part.params
-        out = forward(batch.copy())  # a module may return its inputs, too, or write into them
+        given = batch.copy()  # a module may return its inputs, too, or write into them
+        out = forward(given)
         losses = [value for key, value in out.items() if key.startswith("loss_")]
         if not losses:
             raise KeyError(
@@ -175,7 +186,8 @@ class Step:
         label = f"grad_norm_{part.name}" if part.name else "grad_norm"
         written = [key for key in out.keys() if key not in batch.keys()]
         found = {key: reduce.scalar(out.get(key).detach()) for key in written} | {label: norm.detach()}
-        return {f"{part.prefix}_{key}": value for key, value in found.items()} if part.prefix else found
+        found = {f"{part.prefix}_{key}": value for key, value in found.items()} if part.prefix else found
+        return found | {key: given.get(key) for key in part.row_keys}
 
     def accelerate(self, mode: str) -> Callable[[TensorDictBase], TensorDictBase]:
         """The step as ``mode`` asks: itself, with compiled losses, or captured as one CUDA graph.
@@ -207,7 +219,8 @@ class Step:
     def state_dict(self) -> dict[str, Any]:
         """All that a step changes: losses (with targets, moments and coefficients), optimizers, the count."""
         parts = [{"loss": part.loss.state_dict(), "optim": part.optim.state_dict()} for part in self.parts]
-        return {"count": self.count, "parts": {str(i): part for i, part in enumerate(parts)}}
+        state = {"count": self.count, "parts": {str(i): part for i, part in enumerate(parts)}}
+        return state | ({"after": self.after.state_dict()} if isinstance(self.after, nn.Module) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
@@ -218,6 +231,8 @@ class Step:
             part.optim.load_state_dict(
                 copy.deepcopy(saved["optim"])
             )  # it would keep references to the tensors
+        if isinstance(self.after, nn.Module):
+            self.after.load_state_dict(state["after"])
 
 
 class Annealing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -16,6 +17,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from toys import SeededLinear, ToyEnv
 
 import tdmarl
@@ -270,3 +272,106 @@ def test_two_teams_with_an_algorithm_each():
     assert torch.isfinite(metrics["loss_objective"]) and dataclasses.is_dataclass(chasers)
     returns = tdmarl.evaluate(env, TensorDictSequential(chasers.policy, runners.policy), episodes=4)
     assert {"chasers", "runners"} <= set(returns.keys())
+
+
+def test_teams_with_memory_of_unlike_groups_beside_a_team_without():
+    """States of actors and critics under each group, carried by one collector; only some learn from sequences."""
+    env = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2), "c": (2, 4, 1)}, horizon=7, mortal=True)
+    options = {"hidden": (16,), "num_epochs": 3, "lr": 3e-3}
+    pair = tdmarl.mappo(env, ("a", "b"), recurrent=8, chunk_length=5, share_buffer=False, **options)
+    other = tdmarl.happo(env, "c", recurrent=8, chunk_length=10, **options)
+    plain = tdmarl.ippo(env, "c", **options)
+    collector = tdmarl.Collector(
+        env, TensorDictSequential(pair.explore, other.explore), frames_per_batch=80, seed=0
+    )
+    both = TensorDictSequential(pair.policy, plain.policy)
+    before = tdmarl.evaluate(env, TensorDictSequential(pair.policy, other.policy), episodes=8)
+    for _ in range(12):
+        batch = collector.rollout()
+        assert (
+            pair.learner(batch)["loss_critic_a"].isfinite() and other.learner(batch)["loss_critic"].isfinite()
+        )
+    assert batch["a", "actor_hidden"].shape == batch["a", "critic_hidden"].shape == (4, 20, 2, 1, 8)
+    assert batch["critic_hidden"].shape == (4, 20, 1, 1, 8)  # of team c's one critic
+    begins = batch["is_init"].squeeze(-1)
+    for key in (("b", "actor_hidden"), ("b", "critic_hidden"), ("critic_hidden",)):
+        assert begins[:, 1:].any() and not batch[key][begins].any() and batch[key][~begins].any()
+        torch.testing.assert_close(
+            batch["next", *key][:, :-1][~begins[:, 1:]], batch[key][:, 1:][~begins[:, 1:]]
+        )
+    after = tdmarl.evaluate(env, TensorDictSequential(pair.policy, other.policy), episodes=8)
+    assert after["return_mean_agents"].mean() > before["return_mean_agents"].mean() * 0.7  # both are negative
+    assert tdmarl.evaluate(env, both, episodes=4)["c"].shape == (4, 2)
+
+
+def learned_values(make, batch, group="agents", **options):
+    algo = make(
+        ToyEnv(choices=3, mortal=True),
+        group,
+        minibatch_size=80,
+        num_updates=3,
+        target_every=2,
+        seed=1,
+        **options,
+    )
+    algo.learner.buffer.sample = lambda: batch  # the same rows in the same order
+    for _ in range(3):
+        algo.learner._update()
+    return torch.cat([p.detach().flatten() for p in algo.policy.parameters()])
+
+
+@pytest.mark.parametrize("make", [tdmarl.iql, tdmarl.vdn, tdmarl.qmix])
+def test_dead_agents_and_padding_teach_no_values(make):
+    env = ToyEnv(choices=3, mortal=True)
+    batch = tdmarl.Collector(env, make(env).explore, frames_per_batch=40, seed=0).rollout()
+    batch = tdmarl.TeamReward(["agents"], "mean")(batch).reshape(-1)
+    clean, spoiled = learned_values(make, batch), batch.clone()
+    dead = ~spoiled["agents", "mask"]
+    spoiled["agents", "observation"][dead] = 1e3
+    spoiled["next", "agents", "observation"][~spoiled["next", "agents", "mask"]] = 1e3
+    spoiled["next", "agents", "reward"][dead] = -1e3
+    torch.testing.assert_close(learned_values(make, spoiled), clean, atol=1e-5, rtol=1e-4)
+    padding = spoiled.clone()
+    padding["next", "reward"][:] = float("nan")
+    real = torch.cat([torch.ones(40), torch.zeros(40)]).bool()
+    both = torch.cat([batch, padding]).set(("collector", "mask"), real)
+    torch.testing.assert_close(learned_values(make, both), clean, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tdmarl.iql, tdmarl.vdn, tdmarl.qmix])
+@pytest.mark.parametrize("memory", [False, True])
+def test_value_based_teams_of_unlike_groups_learn_from_rows(make, memory):
+    env = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2)}, choices=3, horizon=5)
+    rows = {"recurrent": 8, "last_action": True, "burn_in": 1} if memory else {"lmbda": 0.5}
+    algo = make(env, ("a", "b"), minibatch_size=40, num_updates=4, sequence_length=6, buffer_size=480, **rows)
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=48, seed=0)
+    before = [p.detach().clone() for p in algo.policy.parameters()]
+    for _ in range(3):
+        metrics = algo.learner(collector.rollout())
+    assert all(torch.isfinite(v) for v in metrics.values())
+    assert all(not torch.equal(a, b) for a, b in zip(before, algo.policy.parameters()) if a.ndim > 2)
+    assert tdmarl.evaluate(env, algo.policy, episodes=4)["length"].tolist() == [5] * 4
+
+
+@pytest.mark.parametrize("mixer", [None, tdmarl.vdn_mixer, tdmarl.qmix_mixer])
+@pytest.mark.parametrize("update", [{"tau": 0.1}, {"every": 2}])
+def test_a_value_based_iteration_on_meta_reads_nothing_back(mixer, update):
+    env = ToyEnv(choices=3, mortal=True)
+    epsilon = tdmarl.EpsilonGreedy(env)
+    explore = tdmarl.exploring(tdmarl.q_actor(env), epsilon)
+    batch = tdmarl.Collector(env, explore, frames_per_batch=40, seed=0).rollout()
+    batch = tdmarl.TeamReward(["agents"], "mean")(batch).to("meta")
+    explore.to("meta")
+    with set_exploration_type(ExplorationType.RANDOM):
+        acted = explore(batch.copy())
+    loss = tdmarl.MixingLoss(explore[0], None if mixer is None else mixer(env).to("meta"))
+    adam = torch.optim.Adam(loss.parameters(), 1e-3, foreach=True)
+    step = Step(
+        [Part(loss, adam, 1.0, row_keys=["td_error"])],
+        after=tdmarl.TargetUpdate(loss, **update),
+    )
+    metrics = step(acted.reshape(-1).set("priority_weight", torch.ones(40, device="meta")))
+    assert {v.device.type for v in metrics.values()} == {"meta"} and metrics["td_error"].shape == (40, 1)
+    sampler = tdmarl.ProportionalSampler(40, device="meta")
+    sampler.extend(torch.arange(40, device="meta"))
+    sampler.update_priority(torch.arange(40, device="meta"), metrics["td_error"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -117,3 +120,13 @@ def test_exponents_of_growth(summary: Any) -> None:
     assert over_agents["operations_exponent"] == pytest.approx(0.5)
     assert over_agents["compile_exponent"] == pytest.approx(0)
     assert "exponent 1.00" in summary.text(found)
+
+
+def test_q_train_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "q_train.json"
+    sizes = ["--setting", "small", "--num-envs", "4", "--timed", "2", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "q_train.py"), *sizes, "--out", str(out)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    result = json.loads(out.read_text())["results"]["small"]
+    assert {"collection_wall", "update_cpu", "total_wall"} <= result["tdmarl_is_faster_by"].keys()
+    assert result["settings"]["updates"] == 64 and result["update_over_bare"]["update_cpu"] > 0

@@ -6,7 +6,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdmarl.learners import BatchBuffer, Learner, replay_buffer
+from tdmarl.learners import BatchBuffer, Learner
+from tdmarl.replay import Replay
 from tdmarl.step import Part, Step
 
 
@@ -120,7 +121,7 @@ def points():
 
 
 def test_learner_fits_a_line_from_either_buffer():
-    for buffer, updates in ((BatchBuffer(16, 10), None), (replay_buffer(1000, 16), 40)):
+    for buffer, updates in ((BatchBuffer(16, 10), None), (Replay(1000, 16, announce=None), 40)):
         step, net = line()
         learner = Learner(step, buffer, updates=updates)
         for _ in range(20):
@@ -136,4 +137,4 @@ def test_learner_leaves_the_batch_alone_and_names_what_is_missing():
     with pytest.raises(KeyError, match="'y'"):
         Learner(step, BatchBuffer())(batch.exclude("y"))
     with pytest.raises(ValueError, match="updates=None"):
-        Learner(step, replay_buffer(10, 2))
+        Learner(step, Replay(10, 2))

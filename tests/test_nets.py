@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdmarl.nets import AgentLinear, AgentMLP, alone, parameter_sets
+from tdmarl.nets import AgentGRU, AgentLinear, AgentMLP, alone, parameter_sets
 
 
 @pytest.mark.parametrize("share, sets", [(True, 1), (False, 3), ([[0, 2], [1]], 2)])
@@ -95,3 +95,78 @@ def test_an_agent_alone_is_its_part_of_the_whole_on_the_same_memory(share):
 def test_a_module_that_does_not_say_whose_its_parameters_are_is_refused():
     with pytest.raises(ValueError, match="PReLU"):
         alone(AgentMLP(3, 4, 2, share=False, activation=nn.PReLU), 0, {})
+
+
+SHARES = pytest.mark.parametrize("share", [True, False, [[0, 2], [1]]])
+
+
+def torchs(net, s):
+    """``torch.nn.GRU`` with the parameters of set ``s``."""
+    unit = nn.GRU(net.in_features, net.hidden_size, net.layers, batch_first=True)
+    unit.load_state_dict({name: p[s] for name, p in net.state_dict().items()})
+    return unit
+
+
+@SHARES
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_recurrent_unit_is_torchs_for_each_agent(share, layers):
+    torch.manual_seed(0)
+    net = AgentGRU(3, 4, 5, layers=layers, share=share)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, state = torch.randn(6, 10, 3, 4, requires_grad=True), torch.randn(6, 3, layers, 5)
+    states = net(x, state, torch.zeros(6, 10, 1, dtype=torch.bool))
+    direction = torch.randn(6, 10, 3, 5)
+    gradient = torch.autograd.grad((states[..., -1, :] * direction).sum(), x)[0]
+    for agent, s in enumerate(parameter_sets(3, share)):
+        own = x[:, :, agent].detach().requires_grad_()
+        y, last = torchs(net, s)(own, state[:, agent].transpose(0, 1).contiguous())
+        torch.testing.assert_close(states[:, :, agent, -1], y, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(states[:, -1, agent], last.transpose(0, 1), atol=1e-6, rtol=1e-5)
+        theirs = torch.autograd.grad((y * direction[:, :, agent]).sum(), own)[0]
+        torch.testing.assert_close(gradient[:, :, agent], theirs, atol=1e-5, rtol=1e-5)
+
+
+@SHARES
+@pytest.mark.parametrize("batch", [(6,), (2, 3)])
+def test_steps_are_the_sequence_with_beginnings_inside(share, batch):
+    torch.manual_seed(0)
+    net = AgentGRU(3, 4, 5, layers=2, share=share)
+    x, first = torch.randn(*batch, 12, 3, 4), torch.randn(*batch, 3, 2, 5)
+    begins = torch.rand(*batch, 12, 1) < 0.3
+    assert begins.any()
+    direction, found = torch.randn(*batch, 12, 3, 2, 5), []
+    state, steps = first, []
+    for t in range(12):
+        state = net(x[..., t, :, :], state, begins[..., t, :])
+        steps.append(state)
+    for states in (torch.stack(steps, -4), net(x, first, begins)):
+        grads = torch.autograd.grad((states * direction).sum(), list(net.parameters()))
+        found.append([states, *grads])
+    for step, sequence in zip(*found):
+        torch.testing.assert_close(step, sequence, atol=1e-5, rtol=1e-5)
+
+
+def test_a_recurrent_unit_starts_orthogonal_and_one_agents_part_is_on_its_memory():
+    net = AgentGRU(3, 4, 5, share=False)
+    for weight in net.weight_hh_l0:
+        torch.testing.assert_close(weight.T @ weight, torch.eye(5), atol=1e-5, rtol=0)
+    part, x, state = alone(net, 1, {}), torch.randn(6, 7, 3, 4), torch.randn(6, 3, 1, 5)
+    begins = torch.rand(6, 7, 1) < 0.3
+    mine = part(x[:, :, 1:2], state[:, 1:2], begins)
+    torch.testing.assert_close(mine, net(x, state, begins)[:, :, 1:2], atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        part.bias_ih_l0.fill_(3.0)
+    assert torch.equal(net.bias_ih_l0[1], torch.full((15,), 3.0)) and not net.bias_ih_l0[0].any()
+
+
+def test_a_recurrent_unit_says_what_it_expects():
+    net, begins = AgentGRU(3, 4, 5), torch.zeros(6, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"input of shape \(6, 3, 2\).*expected \[\*B, 3, 4\]"):
+        net(torch.zeros(6, 3, 2), torch.zeros(6, 3, 1, 5), begins)
+    with pytest.raises(ValueError, match=r"state of shape \(6, 3, 5\).*state \[\*B, 3, 1, 5\]"):
+        net(torch.zeros(6, 3, 4), torch.zeros(6, 3, 5), begins)
+    with pytest.raises(ValueError, match=r"is_init of shape \(6, 1\); expected \(6, 7, 1\)"):
+        net(torch.zeros(6, 7, 3, 4), torch.zeros(6, 3, 1, 5), begins)
+    with pytest.raises(ValueError, match="at least 1"):
+        AgentGRU(3, 4, 0)

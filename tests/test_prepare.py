@@ -10,7 +10,9 @@ from toys import ToyEnv
 
 from tdmarl.actors import gaussian_actor
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
-from tdmarl.prepare import Advantage, TeamReward, generalized_advantage
+from tdmarl.prepare import Advantage, JointAdvantage, RewardNorm, TeamReward, generalized_advantage
+from tdmarl.recurrent import AgentRNN, Recurrent
+
 
 REWARD = torch.arange(1.0, 6.0)
 VALUE = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
@@ -146,3 +148,114 @@ def test_team_reward_adds_up_all_agents(how, expected):
     assert TeamReward(["a", "b"], how)(td)["next", "reward"].item() == pytest.approx(expected)
     with pytest.raises(ValueError, match="mean"):
         TeamReward(["a"], "first")
+
+
+def remembering():
+    """A batch ``[2, 6]`` of two agents, cut by a time limit and by a termination in the middle of its first row."""
+    torch.manual_seed(0)
+    net = AgentRNN(2, 3, 1, hidden=(4,), hidden_size=5)
+    critic = Recurrent(
+        net, [("g", "observation")], [("g", "state_value")], ("g", "critic_hidden"), net.state_shape
+    )
+    observation, last = torch.randn(2, 6, 2, 3), torch.randn(2, 6, 2, 3)
+    terminated, truncated = torch.zeros(2, 6, 1, dtype=torch.bool), torch.zeros(2, 6, 1, dtype=torch.bool)
+    truncated[0, 2], terminated[0, 4] = True, True
+    done = terminated | truncated
+    is_init = torch.cat([torch.zeros(2, 1, 1, dtype=torch.bool), done[:, :-1]], 1)
+    hidden = torch.randn(2, 6, 2, 1, 5).tanh()
+    following = torch.where(done.unsqueeze(-1), last, torch.cat([observation[:, 1:], last[:, -1:]], 1))
+    after = {"g": {"observation": following, "reward": torch.randn(2, 6, 2, 1)}}
+    agents = {"observation": observation, "critic_hidden": hidden}
+    ends = {"done": done, "terminated": terminated}
+    return critic, net, TensorDict({"g": agents, "is_init": is_init, "next": {**after, **ends}}, [2, 6])
+
+
+def by_hand(net, td, gamma, lmbda):
+    """Advantages and states by one network call after the other, a step of one environment each."""
+    goes_on = torch.zeros(1, dtype=torch.bool)
+    advantage, before = torch.zeros(2, 6, 2, 1), torch.zeros(2, 6, 2, 1, 5)
+    for row in range(2):
+        state, values, nexts = td["g", "critic_hidden"][row, 0], [], []
+        for t in range(6):
+            if td["is_init"][row, t]:
+                state = torch.zeros_like(state)
+            before[row, t] = state
+            value, state = net(td["g", "observation"][row, t], state, goes_on)
+            last, _ = net(td["next", "g", "observation"][row, t], state, goes_on)
+            values.append(value), nexts.append(last)
+        running = torch.zeros(2, 1)
+        for t in reversed(range(6)):
+            over = bool(td["next", "done"][row, t])
+            ahead = 0 if td["next", "terminated"][row, t] else gamma * nexts[t]
+            delta = td["next", "g", "reward"][row, t] + ahead - values[t]
+            running = delta + (0 if over else gamma * lmbda * running)
+            advantage[row, t] = running
+    return advantage, before
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_recurrent_critic_values_true_last_observations_with_the_state_before_them(on_host, monkeypatch):
+    critic, net, td = remembering()
+    with torch.no_grad():
+        expected, before = by_hand(net, td, 0.9, 0.8)
+    if not on_host:
+        monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a, **k: pytest.fail("read the host"))
+        monkeypatch.setattr("tdmarl.prepare.on_host", lambda device: False)
+    prepare = advantage(critic)
+    assert ("next", "g", "critic_hidden") not in prepare.in_keys and (
+        "next",
+        "is_init",
+    ) not in prepare.in_keys
+    found = prepare(td.copy())
+    torch.testing.assert_close(found["g", "advantage"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["g", "critic_hidden"], before, atol=1e-5, rtol=1e-5)
+    assert ("next", "g", "critic_hidden") not in found.keys(True)
+
+
+def test_the_teams_critic_may_remember_too():
+    critic, net, td = remembering()
+    env = ToyEnv(groups={"g": (2, 3, 1)})
+    joint = state_critic(env, joint=True, recurrent=5, hidden=(4,))
+    td["critic_hidden"] = torch.randn(2, 6, 1, 1, 5)
+    out = JointAdvantage(joint, ["g"], [2], gamma=0.9, lmbda=0.8, standardize=False)(td.copy())
+    assert out["state_value"].shape == (2, 6, 1) and out["critic_hidden"].shape == (2, 6, 1, 1, 5)
+    inner, seen = joint.module.net, lambda o: o.flatten(-2).unsqueeze(-2)
+    team = TensorDict(
+        {"g": {"observation": seen(td["g", "observation"])}, "next": td["next"].clone()}, [2, 6]
+    )
+    team["is_init"], team["g", "critic_hidden"] = td["is_init"], td["critic_hidden"]
+    team["next", "g"] = TensorDict(
+        observation=seen(td["next", "g", "observation"]),
+        reward=(td["next", "g", "reward"].sum(-2, keepdim=True) / 2).expand(2, 6, 2, 1),
+        batch_size=[2, 6],
+    )
+    wide = AgentRNN(1, 6, 1, hidden=(4,), hidden_size=5)
+    wide.load_state_dict(inner.state_dict())
+    with torch.no_grad():
+        expected, _ = by_hand(wide, team, 0.9, 0.8)
+    torch.testing.assert_close(out["g", "advantage"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_recurrent_critic_without_its_state_says_who_would_write_it():
+    critic, _, td = remembering()
+    with pytest.raises(KeyError, match="critic_hidden.*CarryHidden"):
+        advantage(critic)(td.exclude(("g", "critic_hidden")))
+
+
+def test_reward_moments_are_those_of_all_batches_together():
+    """Exact over batches of unlike sizes, live entries only; the standard deviation is numpy's."""
+    torch.manual_seed(0)
+    norm, seen = RewardNorm(), []
+    for size in (3, 50, 7):
+        reward, mask = torch.randn(size, 2, 1) * 5 + 3, torch.rand(size, 2) < 0.7
+        norm.update(reward, mask)
+        seen.append(reward.squeeze(-1)[mask])
+    every = torch.cat(seen).double()
+    assert norm.count == len(every)
+    torch.testing.assert_close(norm.mean, every.mean())
+    torch.testing.assert_close(norm.variance.sqrt(), every.std(correction=0))
+    torch.testing.assert_close(norm.normalize(every).std(correction=0), torch.ones((), dtype=torch.float64))
+    fresh = RewardNorm()
+    assert fresh.normalize(torch.tensor([2.0])).item() == 2
+    fresh.update(torch.full((4, 1), 3.0))  # a constant does not blow up
+    assert fresh.normalize(torch.tensor([3.0])).item() == 0

@@ -20,6 +20,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
 
+import tdmarl
 from tdmarl.log import read_metrics
 from tdmarl.plot import main as plot
 from tdmarl.saving import load_policy
@@ -27,12 +28,28 @@ from tdmarl.saving import load_policy
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / "recipes").glob("*.py"))
 RECIPES = [recipe for recipe in ALL if recipe.stem.endswith("_vmas")]  # one per algorithm, each keeps a run
+LOOPS = [recipe for recipe in RECIPES if recipe.stem.split("_")[0] in ("happo", "mappo", "qmix")]  # one of a kind
 TINY = [
     "--num-envs", "4", "--max-steps", "10", "--frames-per-batch", "40", "--total-frames", "400",
-    "--minibatch-size", "20", "--num-epochs", "2", "--eval-every", "3", "--eval-episodes", "4",
-    "--device", "cpu",
+    "--minibatch-size", "20", "--eval-every", "3", "--eval-episodes", "4", "--device", "cpu",
 ]  # fmt: skip
+REPLAYING = ("iql", "qmix", "vdn")
 ITERATIONS = 10
+
+
+def tiny(recipe: Path) -> list[str]:
+    """A recipe's arguments for a run of seconds."""
+    if recipe.stem == "qmix_two_step":
+        return ["--total-frames", "256"]
+    if family(recipe) in REPLAYING:  # with buffers that are overwritten
+        return [*TINY, "--num-updates", "2", "--buffer-size", "100", "--checkpoint-every", "1", "--no-anneal"]
+    return [*TINY, "--num-epochs", "2"]
+
+
+def family(recipe: Path) -> str:
+    """The algorithm's name."""
+    return recipe.stem.split("_")[0]
+
 
 # a process whose generators were used before the recipe starts
 DISTURBED = """
@@ -49,8 +66,11 @@ def start(recipe: Path, *argv: str, disturbed: bool = False) -> subprocess.Popen
     before = ["-c", DISTURBED] if disturbed else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *before, str(recipe), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment,
+        [sys.executable, *before, str(recipe), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -89,8 +109,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("whole")
     folders = {recipe.stem: base / recipe.stem for recipe in RECIPES}
     for recipe in RECIPES:
-        out, err = finish(start(recipe, *TINY, "--out", str(folders[recipe.stem])))
-        assert err == "" and out.startswith(f"{folders[recipe.stem]}: 400 frames in ")  # piped: no bar
+        out, err = finish(start(recipe, *tiny(recipe), "--out", str(folders[recipe.stem])))
+        *said, last = out.splitlines()
+        assert err == "" and last.startswith(f"{folders[recipe.stem]}: 400 frames in ")  # piped: no bar
+        if family(recipe) in REPLAYING:
+            assert len(said) == 1 and said[0].startswith("replay: 100 rows of ")  # before it is allocated
+        else:
+            assert not said
     return folders
 
 
@@ -105,16 +130,17 @@ def test_a_recipe_leaves_a_run_that_acts_again(recipe: Path, whole: dict[str, Pa
     assert config["algorithm"]["name"] == recipe.stem.split("_")[0] and config["options"]["num_envs"] == 4
     policy = load_policy(folder)
     seen = TensorDict({"agents": TensorDict({"observation": torch.zeros(2, 3, 18)}, [2, 3])}, [2])
-    assert policy(seen)["agents", "action"].shape == (2, 3, 2)
+    action = policy(seen)["agents", "action"]
+    assert action.shape == ((2, 3) if family(recipe) in REPLAYING else (2, 3, 2))
     assert plot([str(folder), "--out", str(tmp_path / "curve.png")]) == 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", LOOPS, ids=lambda recipe: recipe.stem)
 def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
     recipe: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = start(recipe, *TINY, "--out", str(folder))
+    process = start(recipe, *tiny(recipe), "--out", str(folder))
     wait_for_rows(folder, 2, process)
     time.sleep(random.Random(recipe.stem).uniform(0, 0.5))
     process.kill()
@@ -135,7 +161,7 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(
     number: int, code: int, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe, folder = RECIPES[code % len(RECIPES)], tmp_path / "run"
-    process = start(recipe, *TINY, "--out", str(folder), "--checkpoint-every", "0", disturbed=True)
+    process = start(recipe, *tiny(recipe), "--out", str(folder), "--checkpoint-every", "0", disturbed=True)
     wait_for_rows(folder, 2, process)
     process.send_signal(number)
     _, err = finish(process, code)
@@ -148,27 +174,74 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(
 
 @pytest.mark.parametrize("argv, words", [
     (["--scenario", "navigatoin"], "navigation"),
-    (["--minibatch-size", "41"], "--minibatch-size 41 must be between 1 and the batch's 40 frames"),
+    (["--minibatch-size", "101"], "--minibatch-size 101 must be between 1 and the "),
     (["--frames-per-batch", "42"], "--frames-per-batch 42 is not a multiple of --num-envs 4; 40 would be"),
     (["--device", "cuda:9"], "--device cuda:9 is not there"),
     (["--logger", "mlflow"], "--logger mlflow needs the package mlflow: pip install mlflow"),
 ])  # fmt: skip
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_bad_argument_is_one_line_and_exit_code_2(
-    recipe: Path, argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    recipe: Path,
+    argv: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
     module = load(recipe)
-    (kind,) = (v for n, v in vars(module).items() if n.endswith("Options") and v.__module__ == module.__name__)
+    (kind,) = (
+        v for n, v in vars(module).items() if n.endswith("Options") and v.__module__ == module.__name__
+    )
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        module.launch(module.main, kind, [*TINY, "--out", str(tmp_path / "run"), *argv])
+        module.launch(module.main, kind, [*tiny(recipe), "--out", str(tmp_path / "run"), *argv])
     signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == "" and err.count("\n") == 1 and words in err
     assert not (tmp_path / "run").exists()
+
+
+SEQUENCES = ["--recurrent", "--chunk-length", "5", "--total-frames", "80", "--eval-every", "0"]
+
+
+@pytest.mark.parametrize("recipe", LOOPS, ids=lambda recipe: recipe.stem)
+def test_a_recipe_with_memory_leaves_a_policy_with_memory(recipe: Path, tmp_path: Path) -> None:
+    finish(start(recipe, *tiny(recipe), *SEQUENCES, "--out", str(tmp_path / "run")))
+    policy = load_policy(tmp_path / "run")
+    assert ("agents", "actor_hidden") in policy.in_keys
+    discrete = family(recipe) in REPLAYING
+    env = tdmarl.VmasEnv(
+        "navigation", num_envs=2, max_steps=3, continuous_actions=not discrete, seed=0, n_agents=3
+    )
+    assert tdmarl.evaluate(env, policy, episodes=2)["length"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["mappo", "qmix"])
+def test_a_run_with_memory_resumes_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / f"{name}_vmas.py"
+    finish(
+        start(recipe, *tiny(recipe), *SEQUENCES, "--total-frames", "160", "--out", str(tmp_path / "whole"))
+    )
+    finish(start(recipe, *tiny(recipe), *SEQUENCES, "--out", str(tmp_path / "run")))
+    finish(start(recipe, "--resume", str(tmp_path / "run"), "--total-frames", "160", disturbed=True))
+    assert complete_state(tmp_path / "run") == complete_state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--chunk-length", "3"], "--chunk-length 3 must divide the 10 steps of a batch"),
+    (["--minibatch-size", "9"], "--minibatch-size 9 holds no sequence of --chunk-length 10"),
+])  # fmt: skip
+def test_sequences_that_do_not_fit_are_one_line(
+    argv: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, before = ROOT / "recipes" / "happo_vmas.py", signal.getsignal(signal.SIGTERM)
+    module, given = load(recipe), [*tiny(recipe), "--recurrent", *argv, "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        module.launch(module.main, module.HAPPOOptions, given)
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def load(recipe: Path) -> Any:
@@ -185,8 +258,11 @@ def test_without_vmas_the_command_to_type_is_named(tmp_path: Path) -> None:
     (tmp_path / "vmas.py").write_text("raise ModuleNotFoundError(\"No module named 'vmas'\", name='vmas')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + DISTURBED
     done = subprocess.run(
-        [sys.executable, "-c", code, str(RECIPES[0]), *TINY, "--out", str(tmp_path / "run")],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
+        [sys.executable, "-c", code, str(RECIPES[0]), *tiny(RECIPES[0]), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "pip install" in done.stderr and "vmas" in done.stderr
@@ -195,8 +271,10 @@ def test_without_vmas_the_command_to_type_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", [r for r in ALL if r not in RECIPES], ids=lambda recipe: recipe.stem)
 def test_every_other_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     keeps_no_run = recipe.stem == "embed_in_torchrl"  # TorchRL's trainer does
-    argv = [a for a in TINY if a not in ("--eval-every", "3")] if keeps_no_run else TINY
-    out, err = finish(start(recipe, *argv, "--total-frames", "80", "--out", str(tmp_path / "run")))
+    argv = [a for a in tiny(recipe) if not keeps_no_run or a not in ("--eval-every", "3")]
+    if recipe.stem != "qmix_two_step":
+        argv += ["--total-frames", "80", "--out", str(tmp_path / "run")]
+    out, err = finish(start(recipe, *argv))
     assert out and "Traceback" not in err
 
 

@@ -165,3 +165,23 @@ print(tuple(policy(data)["agents", "action"].shape), "vmas" in sys.modules)
 def test_the_stand_in_never_steps() -> None:
     with pytest.raises(RuntimeError, match="no simulator"):
         SpecsOnly(specs()).reset()
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_policy_that_remembers_comes_back_with_its_memory(tmp_path: Path, discrete: bool) -> None:
+    trained = saved(tmp_path / "run", discrete=discrete, recurrent="gru", chunk_length=5).policy
+    loaded = load_policy(tmp_path / "run")
+    state, found = torch.zeros(8, 3, 1, 64), []
+    for policy in (trained, loaded):
+        seen, actions = observation(), []
+        seen["agents", "actor_hidden"] = state
+        for begins in (True, False, False, True):
+            seen["is_init"] = torch.full((8, 1), begins)
+            with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
+                seen = policy(seen)
+            actions.append(seen["agents", "logits" if discrete else "loc"])
+            seen["agents", "actor_hidden"] = seen["next", "agents", "actor_hidden"]
+        found.append(torch.stack(actions))
+    assert torch.equal(*found)
+    first, second, _, again = found[0]
+    assert torch.equal(first, again) and not torch.equal(first, second)  # equal observations, another memory

@@ -3,5 +3,6 @@
 from tdmarl.algorithms.contract import Algorithm
 from tdmarl.algorithms.happo import happo
 from tdmarl.algorithms.ppo import ippo, mappo
+from tdmarl.algorithms.q import iql, qmix, vdn
 
-__all__ = ["Algorithm", "happo", "ippo", "mappo"]
+__all__ = ["Algorithm", "happo", "ippo", "iql", "mappo", "qmix", "vdn"]

@@ -30,12 +30,14 @@ from torchrl.envs import EnvBase
 from tdmarl import seeds
 from tdmarl.actors import agent_actor, stochastic_actor
 from tdmarl.algorithms.contract import Algorithm
+from tdmarl.algorithms.ppo import remembering
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.keys import Group, check_chain, collected, team
 from tdmarl.learners import AgentUpdate, BatchBuffer, Learner, SequentialLearner
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import Sharing, Views
 from tdmarl.prepare import HAPPOFactor, JointAdvantage
+from tdmarl.recurrent import hidden_keys
 from tdmarl.step import Annealing, Part, Step, adam
 
 Actors = Mapping[str, Sequence[TensorDictModuleBase]]
@@ -67,6 +69,8 @@ def happo(
     hidden: Sequence[int] = (128, 128),
     activation: type[nn.Module] = nn.ReLU,
     layer_norm: bool = True,
+    recurrent: str | int | None = None,
+    chunk_length: int = 10,
     actor: Actors | None = None,
     critic: TensorDictModuleBase | None = None,
     optim: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
@@ -81,8 +85,9 @@ def happo(
             group, then by index.
         team_reward ("mean" or "sum"): how the agents' rewards become the team's.
         gamma, lmbda, clip_epsilon, entropy_coeff, num_epochs, minibatch_size, lr, critic_lr, max_grad_norm,
-            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, seed, mode: see
-            :func:`tdmarl.mappo`; here each agent has its own epochs and optimizer.
+            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, recurrent,
+            chunk_length, seed, mode: see :func:`tdmarl.mappo`; here each agent has its own epochs and optimizer. The
+            factor of recurrent policies is taken over whole batches, from the states where these begin.
         normalize_advantage (bool): standardize the joint advantage once, over each agent's live entries.
         critic_scope ("team" or "state"): what the team's one V sees.
         share_params (bool or map): agents may share networks, but the theory of the sequential update then no
@@ -99,7 +104,9 @@ def happo(
         Algorithm: policy, explore (the same) and learner.
     """
     members = team(env, group)
-    nets: dict[str, Any] = {"hidden": hidden, "activation": activation, "layer_norm": layer_norm}
+    nets: dict[str, Any] = {
+        "hidden": hidden, "activation": activation, "layer_norm": layer_norm, "recurrent": recurrent
+    }  # fmt: skip
     if share_params is not False:
         warnings.warn(
             "HAPPO with shared parameters: an agent's step changes the others' policies too, so the factor is "
@@ -113,6 +120,7 @@ def happo(
     norm = ValueNorm(device=members.groups[0].device) if value_norm else None
     if norm is not None:
         critic = NormalizedCritic(critic, {None: norm})
+    explore, length = remembering(policy, critic, chunk_length)
     made: dict[tuple[int, ...], torch.optim.Optimizer] = {}
 
     def make(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
@@ -146,14 +154,17 @@ def happo(
         lmbda=lmbda,
         standardize=normalize_advantage,
     )
-    check_chain(collected(env, policy), [("JointAdvantage", prepare), ("the critic's loss", value_step)])
+    check_chain(collected(env, explore), [("JointAdvantage", prepare), ("the critic's loss", value_step)])
     annealing = None
     if anneal_frames is not None:
         buffers = [(loss, "entropy_coeff") for loss in losses]
         annealing = Annealing(anneal_frames, optims=list(made.values()), buffers=buffers)
     device = members.groups[0].device
     rows = [
-        BatchBuffer(minibatch_size, num_epochs, seed=seeds.derive(seed, f"learning/{who}"), device=device)
+        BatchBuffer(
+            minibatch_size, num_epochs, sequence_length=length, seed=seeds.derive(seed, f"learning/{who}"),
+            device=device,
+        )  # fmt: skip
         for who in ("agents", "critic")
     ]
     learner = SequentialLearner(
@@ -161,7 +172,7 @@ def happo(
         factor=(lambda name: HAPPOFactor(name, members.names)) if factor else None, order=order, annealing=annealing,
         seed=seeds.derive(seed, "order"), mode=mode,
     )  # fmt: skip
-    return Algorithm(policy=policy, explore=policy, learner=learner)
+    return Algorithm(policy=policy, explore=explore, learner=learner)
 
 
 def _agents(
@@ -181,6 +192,11 @@ def _agents(
                     f"actor= has {found} actors; group {g.name!r} needs {g.n_agents}, one for each agent."
                 )
             own = list(actor[g.name])
+            if any(hidden_keys(alone) for alone in own):
+                raise ValueError(
+                    f"actor= gives group {g.name!r} recurrent actors, agent by agent; only those that happo builds "
+                    "itself may be recurrent: happo(env, recurrent='gru')."
+                )
             whole = SideBySide(own, g.name)
         policies.append(whole)
         agents += [(g.name, i, alone) for i, alone in enumerate(own)]

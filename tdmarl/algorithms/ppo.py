@@ -33,6 +33,7 @@ from tdmarl.learners import BatchBuffer, Learner
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import Sharing
 from tdmarl.prepare import Advantage
+from tdmarl.recurrent import CarryHidden, hidden_keys
 from tdmarl.step import Annealing, Part, Step, adam
 
 Optim = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -66,6 +67,8 @@ def mappo(
     hidden: Sequence[int] = (64, 64),
     activation: type[nn.Module] = nn.ReLU,
     layer_norm: bool = True,
+    recurrent: str | int | None = None,
+    chunk_length: int = 10,
     actor: TensorDictModuleBase | Mapping[str, TensorDictModuleBase] | None = None,
     critic: TensorDictModuleBase | None = None,
     optim: Optim | None = None,
@@ -81,7 +84,8 @@ def mappo(
         clip_epsilon (float): of the ratio, and of the value.
         entropy_coeff (float): weight of the entropy bonus.
         num_epochs (int): how often each batch is gone through.
-        minibatch_size (int, optional): the most rows (environment steps) in a minibatch; None: the whole batch.
+        minibatch_size (int, optional): the most rows in a minibatch: environment steps or, with recurrence, sequences
+            of ``chunk_length`` of them; None: the whole batch.
         lr (float): Adam's learning rate (eps 1e-5); ``critic_lr`` if the critic's is another.
         max_grad_norm (float, optional): of the actor's and of the critic's gradient, each apart.
         value_clip (bool): clip the value's change by ``clip_epsilon``.
@@ -99,6 +103,9 @@ def mappo(
         agent_id (bool): let a shared actor know whom it serves (the critic always does).
         share_buffer (bool): False: each agent learns from its own draw of rows.
         hidden, activation, layer_norm: the networks'; see :class:`~tdmarl.nets.AgentMLP`.
+        recurrent ("gru", int or None): let actor and critic remember; see :func:`tdmarl.recurrent.agent_net`.
+        chunk_length (int): recurrent networks, one's own ones too, learn from sequences of so many steps, which
+            start with their stored states. Batches must be a multiple of it long in time.
         actor (module or mapping, optional): replaces the actor; for several groups a mapping from group to actor.
         critic (module, optional): replaces the critic; writes ``(group, "state_value")`` for every group. A
             :class:`~tdmarl.critics.NormalizedCritic` keeps its own moments.
@@ -107,7 +114,7 @@ def mappo(
         mode (str): ``eager``, ``compile``, ``cudagraph`` or ``auto``; see :meth:`tdmarl.step.Step.accelerate`.
 
     Returns:
-        Algorithm: policy, explore (the same) and learner.
+        Algorithm: policy, explore (the same; a recurrent critic watches, too) and learner.
 
     Example:
         >>> import tdmarl
@@ -117,7 +124,9 @@ def mappo(
     members = team(env, group)
     if share_critic_params is None:
         share_critic_params = share_params
-    nets: dict[str, Any] = {"hidden": hidden, "activation": activation, "layer_norm": layer_norm}
+    nets: dict[str, Any] = {
+        "hidden": hidden, "activation": activation, "layer_norm": layer_norm, "recurrent": recurrent
+    }  # fmt: skip
     with seeds.routed(seeds.generator(seed, "init")):
         actors = _actors(env, list(members), actor, share_params, nets | {"agent_id": agent_id})
         if critic is None:
@@ -136,6 +145,7 @@ def mappo(
         norms = {g.name: ValueNorm(device=g.device) for g in members}
         critic = NormalizedCritic(critic, norms)
     policy = actors[members.names[0]] if len(actors) == 1 else TensorDictSequential(*actors.values())
+    explore, length = remembering(policy, critic, chunk_length)
 
     def make(params: list[Tensor], rate: float) -> torch.optim.Optimizer:
         return adam(params, rate, mode) if optim is None else optim(params)
@@ -161,14 +171,15 @@ def mappo(
         critic, members.names, gamma=gamma, lmbda=lmbda, standardize=normalize_advantage, actor=policy
     )
     step = Step(parts)
-    check_chain(collected(env, policy), [("Advantage", prepare), ("the losses", step)])
+    check_chain(collected(env, explore), [("Advantage", prepare), ("the losses", step)])
     buffer = BatchBuffer(
-        minibatch_size, num_epochs, apart=() if share_buffer else [(g.name, g.n_agents) for g in members],
+        minibatch_size, num_epochs, sequence_length=length,
+        apart=() if share_buffer else [(g.name, g.n_agents) for g in members],
         seed=seeds.derive(seed, "learning"), device=members.groups[0].device,
     )  # fmt: skip
     prepared_by = seeds.derive(seed, "prepare")
     learner = Learner(step, buffer, prepare=prepare, annealing=annealing, mode=mode, seed=prepared_by)
-    return Algorithm(policy=policy, explore=policy, learner=learner)
+    return Algorithm(policy=policy, explore=explore, learner=learner)
 
 
 def ippo(env: EnvBase, group: str | Sequence[str] | None = None, **options: Any) -> Algorithm:
@@ -182,6 +193,22 @@ def ippo(env: EnvBase, group: str | Sequence[str] | None = None, **options: Any)
     if forbidden:
         raise TypeError(f"ippo's critic sees the agent's own observation only: {forbidden} is mappo's.")
     return mappo(env, group, critic_scope="agent", **options)
+
+
+def remembering(
+    policy: TensorDictModuleBase, critic: TensorDictModuleBase, chunk_length: int
+) -> tuple[TensorDictModuleBase, int]:
+    """What to collect with, and how long the rows to learn from are, whether or not networks are recurrent.
+
+    Args:
+        policy, critic (TensorDictModuleBase): a recurrent critic has to watch what is collected.
+        chunk_length (int): the length, if one of them is recurrent.
+    """
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length={chunk_length} must be at least 1.")
+    watched = bool(hidden_keys(critic))
+    explore = TensorDictSequential(policy, CarryHidden(critic)) if watched else policy
+    return explore, chunk_length if watched or hidden_keys(policy) else 1
 
 
 def _actors(

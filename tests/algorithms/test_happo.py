@@ -13,7 +13,7 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor
 
 import tdmarl
-from tdmarl.actors import MaskedCategorical
+from tdmarl.actors import MaskedCategorical, agent_actor
 from tdmarl.algorithms import happo
 from tdmarl.learners import AgentUpdate, BatchBuffer, SequentialLearner
 from tdmarl.losses import PolicyLoss
@@ -397,3 +397,80 @@ def test_shared_parameters_without_identity_stop_where_theory_says_and_happo_doe
         results[name] = best
     assert results["shared"] <= 2 / 2**n + 1e-6
     assert min(results[name] for name in results if name != "shared") > 0.95, results
+
+
+RECURRENT = {"recurrent": 8, "hidden": (8,), "chunk_length": 5, "num_epochs": 2}
+
+
+def collected(env, algo, frames=40):
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=frames, seed=0)
+    collector.rollout()
+    return collector.rollout()
+
+
+@pytest.mark.parametrize("choices", [0, 3])
+def test_the_factor_of_policies_that_remember_is_taken_over_whole_batches(choices):
+    """Agent by agent: the ratio of log-probabilities found by stepping through the batch, before and after."""
+    env = ToyEnv(choices=choices, horizon=7)
+    algo = happo(env, lr=0.02, minibatch_size=3, order=[2, 0, 1], normalize_advantage=False, **RECURRENT)
+    batch = collected(env, algo)
+    assert batch["agents", "actor_hidden"][:, 0].any() and batch["is_init"][:, 1:].any()
+
+    def by_steps():
+        state, found = batch["agents", "actor_hidden"][:, 0], []
+        for t in range(batch.shape[1]):
+            now = batch[:, t].select(*algo.policy.in_keys).clone().set(("agents", "actor_hidden"), state)
+            found.append(algo.policy.get_dist(now).log_prob(batch["agents", "action"][:, t]))
+            now = algo.policy[0](now)
+            state = now["next", "agents", "actor_hidden"]
+        return torch.stack(found, 1)
+
+    with torch.no_grad():
+        before = by_steps()
+        torch.testing.assert_close(before, batch["agents", "action_log_prob"], atol=1e-5, rtol=1e-5)
+        prepared, factors = algo.learner.prepare(batch.copy()), []
+        for agent in algo.learner.order:
+            with torch.enable_grad():
+                algo.learner._update(agent, prepared)
+            factors.append(prepared["agents", "factor"].clone())
+        after = by_steps()
+    ratio, expected = (after - before).exp(), torch.ones_like(before[..., 0])
+    assert (ratio - 1).abs().max() > 0.01
+    for factor, agent in zip(factors, [2, 0, 1]):
+        expected = expected * ratio[..., agent]
+        torch.testing.assert_close(factor, expected[..., None, None].expand_as(factor), atol=1e-4, rtol=1e-4)
+
+
+def test_agents_who_remember_solve_the_memory_game_one_after_the_other():
+    env = tdmarl.memory_game(64, n_agents=2, cues=2, delay=4, seed=0)
+    algo = happo(env, recurrent="gru", chunk_length=5, lr=2e-3, num_epochs=10, hidden=(32,), seed=0)
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=64 * 20, seed=0)
+    for _ in range(6):
+        algo.learner(collector.rollout())
+    found = tdmarl.evaluate(env, algo.policy, episodes=256)["return_mean_agents"].mean()
+    assert found.item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_unlike_agents_who_remember_train_resume_and_keep_the_dead_out():
+    groups = {"a": (2, 3, 1), "b": (1, 5, 2)}
+    options = RECURRENT | {"minibatch_size": 3}
+    algos = [happo(ToyEnv(groups=groups, mortal=True), ("a", "b"), seed=seed, **options) for seed in (0, 1)]
+    batch = collected(ToyEnv(groups=groups, mortal=True), algos[0])
+    assert batch["critic_hidden"].shape == (4, 10, 1, 1, 8)
+    algos[0].learner(batch)
+    algos[1].learner.load_state_dict(algos[0].learner.state_dict())
+    spoiled = batch.clone()
+    for group in groups:
+        spoiled[group, "action_log_prob"][~batch[group, "mask"]] = -50.0
+    metrics = [algo.learner(data) for algo, data in zip(algos, (batch, spoiled))]
+    assert all(torch.isfinite(v).all() for v in metrics[0].values())
+    for a, b in zip(*(algo.policy.parameters() for algo in algos)):
+        torch.testing.assert_close(a, b)
+
+
+def test_own_actors_agent_by_agent_may_not_remember():
+    env = ToyEnv()
+    whole = tdmarl.gaussian_actor(env, share_params=False, recurrent=8)
+    own = {"agents": [agent_actor(whole, i, {}) for i in range(3)]}
+    with pytest.raises(ValueError, match="recurrent='gru'"):
+        happo(env, actor=own)

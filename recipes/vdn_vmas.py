@@ -1,0 +1,67 @@
+"""VDN on a VMAS scenario with discrete actions: the team's value is the sum of the agents'.
+
+    python recipes/vdn_vmas.py --scenario navigation
+    python recipes/vdn_vmas.py --resume runs/vdn-navigation-0-... --total-frames 1000000
+    python -m tdmarl.plot runs/*
+
+The run's folder holds config.json, metrics.csv and checkpoints/; tdmarl.load_policy(folder) gives the policy
+back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tdmarl
+from tdmarl.options import OffPolicyOptions
+from tdmarl.run import Run, launch
+
+
+@dataclass(kw_only=True)
+class VDNOptions(OffPolicyOptions):
+    """VDN on a VMAS scenario with discrete actions: the team's value is the sum of the agents'."""
+
+    team_reward: Literal["sum", "mean"] = "sum"
+    """How the agents' rewards make the team's. A sum keeps each agent's value on the scale of its own reward."""
+
+
+def main(options: VDNOptions) -> None:
+    """Trains until the frames are used up; what is on the disk then is the run's folder."""
+    env = tdmarl.VmasEnv(
+        options.scenario,
+        num_envs=options.num_envs,
+        max_steps=options.max_steps,
+        continuous_actions=False,
+        device=options.pick_device(),
+        seed=options.seed,
+        **options.simulation(),
+        **options.task(),
+    )
+    arguments = options.arguments() | {
+        "group": tuple(env.group_map),  # several groups: one team
+        "team_reward": options.team_reward,
+    }
+    algo = tdmarl.vdn(env, **arguments)
+    collector = tdmarl.Collector(
+        env,
+        algo.explore,
+        frames_per_batch=options.frames_per_batch,
+        total_frames=options.total_frames,
+        init_random_frames=options.init_random_frames,
+        seed=options.seed,
+    )
+    with Run(
+        options, algorithm="vdn", arguments=arguments, env=env, policy=algo.policy, learner=algo.learner,
+        collector=collector,
+    ) as run:  # fmt: skip
+        for batch in collector:
+            metrics = algo.learner(batch)
+            returns = None
+            if run.evaluates():
+                returns = tdmarl.evaluate(env, algo.policy, episodes=options.eval_episodes, seed=options.seed)
+            run.log(batch, metrics, returns)
+
+
+if __name__ == "__main__":
+    launch(main, VDNOptions)
