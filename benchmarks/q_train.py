@@ -18,8 +18,9 @@ import dataclasses
 import json
 import statistics
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
 
 import tdmarl  # noqa: E402
-from simulate import machine, seconds  # noqa: E402
+from simulate import machine  # noqa: E402
 
 CPU = torch.device("cpu")
 EMBED = 32  # width of the mixer, whose hypernetworks have one layer, as TorchRL's
@@ -77,6 +78,17 @@ SETTINGS = {
     "large": Setting(width=256, updates=45 * (60_000 // 4096), minibatch=4096),
     "small": Setting(width=64, updates=64, minibatch=512),
 }
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
+    """Wall time and this process's CPU time of one call, and what it returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start, cpu = time.perf_counter(), time.process_time()
+    found = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu, found
 
 
 class Ours:

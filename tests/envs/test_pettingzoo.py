@@ -366,7 +366,11 @@ def _gone(pid):
 def test_no_worker_is_left_behind():
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command, pipe = [sys.executable, "-W", "ignore", "-c", SCRIPT], subprocess.PIPE
-    options = {"stdout": pipe, "stderr": pipe, "env": environ, "start_new_session": True}
+
+    def heed() -> None:  # a test run in the background has its children ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"stdout": pipe, "stderr": pipe, "env": environ, "start_new_session": True, "preexec_fn": heed}
     interrupted, killed = (subprocess.Popen(command, **options) for _ in range(2))
     workers = [int(pid) for main in (interrupted, killed) for pid in main.stdout.readline().split()]
     assert len(workers) == 4
