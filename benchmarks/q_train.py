@@ -94,8 +94,9 @@ def seconds(function: Callable[[], Any], device: torch.device) -> tuple[float, f
 class Ours:
     """QMIX by tdmarl with TorchRL's choices: no double Q, no agent identity, one layer in the hypernetworks."""
 
-    def __init__(self, setting: Setting, updates: int) -> None:
-        env = tdmarl.VmasEnv(**setting.env(), time_limit="terminate")
+    def __init__(self, setting: Setting, updates: int, mode: str) -> None:
+        env = tdmarl.VmasEnv(**setting.env(), time_limit="terminate", mode=mode)
+        env.compile()
         self.algo = tdmarl.qmix(
             env, team_reward="mean", embed_dim=EMBED, hypernet_layers=1, gamma=setting.gamma, double_q=False,
             lr=setting.lr, max_grad_norm=setting.max_grad_norm, num_updates=updates,
@@ -225,10 +226,10 @@ class Bare:
             self.optim.step()
 
 
-def measure(setting: Setting, timed: int, rounds: int) -> dict[str, Any]:
+def measure(setting: Setting, timed: int, rounds: int, mode: str) -> dict[str, Any]:
     """All sides in turn; medians over the rounds after the first, by the clock and in processor time."""
     updates = min(timed, setting.updates)
-    sides: dict[str, Any] = {"tdmarl": Ours(setting, updates), "torchrl": TorchRL(setting, updates)}
+    sides: dict[str, Any] = {"tdmarl": Ours(setting, updates, mode), "torchrl": TorchRL(setting, updates)}
     found: dict[str, dict[str, list[float]]] = {}
 
     def note(name: str, phase: str, spent: Sequence[float], share: float = 1.0) -> None:
@@ -245,7 +246,12 @@ def measure(setting: Setting, timed: int, rounds: int) -> dict[str, Any]:
     counted = {
         name: {key: x[1:] for key, x in side.items()} for name, side in found.items()
     }  # without warming up
-    result = {"settings": dataclasses.asdict(setting), "timed_updates": updates, "seconds": counted}
+    result = {
+        "settings": dataclasses.asdict(setting),
+        "mode": mode,
+        "timed_updates": updates,
+        "seconds": counted,
+    }
     return {**result, **figures(setting, counted)}
 
 
@@ -280,6 +286,9 @@ def main() -> None:
     parser.add_argument("--setting", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=3, help="that count, after one that warms up")
     parser.add_argument("--timed", type=int, default=64, help="updates made per batch, at most")
+    parser.add_argument(
+        "--mode", choices=["eager", "compile"], default="compile", help="of tdmarl's simulation"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--num-envs", type=int, default=600)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "q_train.json")
@@ -287,7 +296,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     chosen = {name: dataclasses.replace(SETTINGS[name], num_envs=args.num_envs) for name in args.setting}
-    results = {name: measure(setting, args.timed, args.rounds) for name, setting in chosen.items()}
+    results = {name: measure(setting, args.timed, args.rounds, args.mode) for name, setting in chosen.items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     print(table(results))

@@ -124,7 +124,7 @@ def test_exponents_of_growth(summary: Any) -> None:
 
 def test_q_train_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "q_train.json"
-    sizes = ["--setting", "small", "--num-envs", "4", "--timed", "2", "--rounds", "1"]
+    sizes = ["--setting", "small", "--num-envs", "4", "--timed", "2", "--rounds", "1", "--mode", "eager"]
     command = [sys.executable, str(ROOT / "benchmarks" / "q_train.py"), *sizes, "--out", str(out)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     result = json.loads(out.read_text())["results"]["small"]

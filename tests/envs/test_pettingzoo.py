@@ -372,14 +372,18 @@ def test_no_worker_is_left_behind():
 
     options = {"stdout": pipe, "stderr": pipe, "env": environ, "start_new_session": True, "preexec_fn": heed}
     interrupted, killed = (subprocess.Popen(command, **options) for _ in range(2))
-    workers = [int(pid) for main in (interrupted, killed) for pid in main.stdout.readline().split()]
-    assert len(workers) == 4
-    time.sleep(0.3)
-    os.killpg(interrupted.pid, signal.SIGINT)  # what Ctrl-C does: every process of the group gets it
-    os.kill(killed.pid, signal.SIGKILL)
-    assert "KeyboardInterrupt" in interrupted.communicate(timeout=20)[1].decode()
-    killed.communicate(timeout=20)
-    until = time.monotonic() + 10
-    while time.monotonic() < until and not all(map(_gone, workers)):
-        time.sleep(0.05)
-    assert all(map(_gone, workers))
+    try:
+        workers = [int(pid) for main in (interrupted, killed) for pid in main.stdout.readline().split()]
+        assert len(workers) == 4
+        time.sleep(0.3)
+        os.killpg(interrupted.pid, signal.SIGINT)  # what Ctrl-C does: every process of the group gets it
+        os.kill(killed.pid, signal.SIGKILL)
+        assert "KeyboardInterrupt" in interrupted.communicate(timeout=20)[1].decode()
+        killed.communicate(timeout=20)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not all(map(_gone, workers)):
+            time.sleep(0.05)
+        assert all(map(_gone, workers))
+    finally:  # a failure leaves nothing behind either
+        for main in (interrupted, killed):
+            main.kill()
