@@ -2,7 +2,9 @@
 
 from tdmarl.algorithms.contract import Algorithm
 from tdmarl.algorithms.happo import happo
+from tdmarl.algorithms.maddpg import maddpg
 from tdmarl.algorithms.ppo import ippo, mappo
 from tdmarl.algorithms.q import iql, qmix, vdn
+from tdmarl.algorithms.teams import per_group, random_policy
 
-__all__ = ["Algorithm", "happo", "ippo", "iql", "mappo", "qmix", "vdn"]
+__all__ = ["Algorithm", "happo", "ippo", "iql", "maddpg", "mappo", "per_group", "qmix", "random_policy", "vdn"]
