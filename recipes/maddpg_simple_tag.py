@@ -55,7 +55,11 @@ def cross_play(env: tdmarl.VmasEnv, past: dict[str, Any], episodes: int, seed: i
 
 def main(options: TagOptions) -> None:
     """Trains, then plays; what is on the disk then is the run's folder."""
-    common: dict[str, Any] = {"max_steps": options.max_steps, "device": options.pick_device(), "seed": options.seed}
+    common: dict[str, Any] = {
+        "max_steps": options.max_steps,
+        "device": options.pick_device(),
+        "seed": options.seed,
+    }
     env = tdmarl.VmasEnv(
         options.scenario, num_envs=options.num_envs, **common, **options.simulation(), **options.task()
     )

@@ -15,7 +15,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from tdmarl import reduce
-from tdmarl.actors import choices
+from tdmarl.actors import choices, one_hot
 from tdmarl.keys import Group, Team, entry, team
 from tdmarl.nets import Sharing
 from tdmarl.recurrent import agent_net, as_module
@@ -95,7 +95,7 @@ def encoded(action: Tensor, nvec: Sequence[int] | None) -> Tensor:
     if nvec is None or action.is_floating_point():
         return action.float()
     parts = action.unbind(-1) if len(nvec) > 1 else (action,)
-    return torch.cat([F.one_hot(p, k) for p, k in zip(parts, nvec)], -1).float()
+    return torch.cat([one_hot(p, k) for p, k in zip(parts, nvec)], -1).float()
 
 
 def width_of(group: Group) -> int:

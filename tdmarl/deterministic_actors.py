@@ -10,12 +10,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from tdmarl.actors import MaskedCategorical, choices
+from tdmarl.actors import MaskedCategorical, choices, one_hot
 from tdmarl.keys import Group, team
 from tdmarl.nets import AgentMLP, Sharing
 from tdmarl.recurrent import Direct, after
@@ -126,7 +125,7 @@ def relaxed(
             noisy = noisy.masked_fill(~available, float("-inf"))
         soft = (noisy / temperature).softmax(-1)
         if hard:
-            taken = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+            taken = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
             soft = taken + (soft - soft.detach())
         out.append(soft)
     return out[0] if len(out) == 1 else torch.cat(out, -1)

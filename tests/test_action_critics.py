@@ -41,8 +41,10 @@ def test_own_actions_replace_stored_ones_one_agent_at_a_time(share, choices):
 
 
 @pytest.mark.parametrize("scope, seen, done", [
-    ("team", {("a", 0), ("a", 1), ("b", 0)}, {("a", 0), ("a", 1), ("b", 0)}), ("group", {("a", 0), ("a", 1)}, {("a", 0), ("a", 1)}),
-    ("agent", {("a", 0)}, {("a", 0)}), ("state", set(), {("a", 0), ("a", 1), ("b", 0)}),
+    ("team", {("a", 0), ("a", 1), ("b", 0)}, {("a", 0), ("a", 1), ("b", 0)}),
+    ("group", {("a", 0), ("a", 1)}, {("a", 0), ("a", 1)}),
+    ("agent", {("a", 0)}, {("a", 0)}),
+    ("state", set(), {("a", 0), ("a", 1), ("b", 0)}),
 ])  # fmt: skip
 def test_scopes_say_what_a_critic_sees(scope, seen, done):
     env = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2)}, state=True)
@@ -72,7 +74,10 @@ def test_a_shared_critic_tells_agents_apart_only_by_their_identity():
 @pytest.mark.parametrize("spec, action, expected", [
     (OneHot(3, shape=(2, 3)), [[0, 1, 0], [0, 0, 1]], [0, 1, 0, 0, 0, 1]),
     (OneHot(3, shape=(2, 3), dtype=torch.bool), [[False, True, False], [False, False, True]], [0, 1, 0, 0, 0, 1]),
-    (MultiCategorical(torch.tensor([2, 3]).expand(2, 2), shape=(2, 2)), [[1, 0], [0, 2]], [0, 1, 1, 0, 0, 1, 0, 0, 0, 1]),
+    (
+        MultiCategorical(torch.tensor([2, 3]).expand(2, 2), shape=(2, 2)), [[1, 0], [0, 2]],
+        [0, 1, 1, 0, 0, 1, 0, 0, 0, 1],
+    ),
 ])  # fmt: skip
 def test_discrete_actions_are_read_as_vectors(spec, action, expected):
     joint = JointAction([Group(G, 2, 1, spec)], Group(G, 2, 1, spec))

@@ -68,7 +68,9 @@ def test_discrete_actors_take_the_best_available_and_explore_by_drawing():
 
 def test_relaxed_draws_have_the_probabilities_of_the_logits_and_a_gradient():
     torch.manual_seed(0)
-    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5, 0.0]]).expand(20_000, 5).clone().requires_grad_()  # choices of 3 and 2
+    logits = (
+        torch.tensor([[2.0, 0.0, -1.0, 0.5, 0.0]]).expand(20_000, 5).clone().requires_grad_()
+    )  # choices of 3 and 2
     hard = relaxed(logits, nvec=(3, 2))
     assert ((hard == 0) | (hard == 1)).all()  # straight-through leaves exact zeros and ones
     expected = torch.cat([logits[0, :3].softmax(0), logits[0, 3:].softmax(0)])
@@ -100,7 +102,9 @@ def test_gaussian_noise_has_its_size_and_stays_in_the_box():
         assert noise.frames == 5000
         edge = noise(td.copy().set((G, "action"), torch.tensor([40.0, 5.0]).expand(5000, 3, 2)))[G, "action"]
     assert out[..., 0].std().item() == pytest.approx(0.05 * 40, rel=0.02) and (out[..., 1] == 5).all()
-    assert edge[..., 0].max() == 40 and (edge[..., 0] < 40).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert edge[..., 0].max() == 40 and (edge[..., 0] < 40).float().mean().item() == pytest.approx(
+        0.5, abs=0.02
+    )
 
 
 def test_noise_falls_with_the_frames_it_acted_on():

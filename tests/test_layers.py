@@ -120,7 +120,8 @@ def test_import_needs_only_torch_torchrl_and_tensordict():
 
 
 @pytest.mark.parametrize("name", [
-    "losses", "mixing", "maddpg_loss", "team_actions", "prepare", "step", "learners", "critics", "replay", "buffers", "targets", "team_values",
+    "losses", "mixing", "maddpg_loss", "team_actions", "prepare", "step", "learners", "critics", "replay", "buffers",
+    "targets", "team_values",
 ])  # fmt: skip
 def test_only_reduce_reduces(name):
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):

@@ -95,8 +95,12 @@ def test_targets_and_the_critics_loss_are_those_computed_by_hand():
 ])  # fmt: skip
 def test_the_actors_gradient_is_that_computed_by_hand(others, by_agent):
     loss, batch = by_hand(others=others)
-    found = torch.autograd.grad(loss.actor_loss(batch)["loss_actor"], loss.network("actor_network").module.k)[0]
-    torch.testing.assert_close(found, -torch.tensor(by_agent).unsqueeze(-1) / 6)  # a mean over rows and agents
+    found = torch.autograd.grad(loss.actor_loss(batch)["loss_actor"], loss.network("actor_network").module.k)[
+        0
+    ]
+    torch.testing.assert_close(
+        found, -torch.tensor(by_agent).unsqueeze(-1) / 6
+    )  # a mean over rows and agents
 
 
 def nets(env, group=None, **options):
@@ -185,7 +189,9 @@ def test_one_agent_is_torchrls_ddpg_and_joint_is_it_for_several():
         ours = torch.autograd.grad(found["loss_actor"], list(loss.network("actor_network").parameters()))
         trained = [p for p in theirs.actor_network_params.values(True, True) if p.requires_grad]
         grads = torch.autograd.grad(expected["loss_actor"], trained)
-        assert sorted(g.norm().item() for g in ours) == pytest.approx(sorted(g.norm().item() for g in grads), rel=1e-4)
+        assert sorted(g.norm().item() for g in ours) == pytest.approx(
+            sorted(g.norm().item() for g in grads), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("choices", [0, 3])
@@ -195,7 +201,9 @@ def test_a_critic_of_ones_own_is_asked_once_for_each_agent(choices):
     known = loss.network("value_network")
 
     def any_module(observation, action):
-        given = TensorDict({G: {"observation": observation, "action": action}}, batch_size=observation.shape[:-2])
+        given = TensorDict(
+            {G: {"observation": observation, "action": action}}, batch_size=observation.shape[:-2]
+        )
         return known(given)[G, "state_action_value"]
 
     own = TensorDictModule(any_module, known.in_keys, known.out_keys)
@@ -216,7 +224,9 @@ def test_dead_agents_have_no_part():
     for name in ("loss_value", "loss_actor"):
         torch.testing.assert_close(loss(batch.copy())[name], loss(changed.copy())[name])
         params = [p for net in ("actor_network", "value_network") for p in loss.network(net).parameters()]
-        for a, b in zip(*(torch.autograd.grad(loss(x.copy())[name], params, allow_unused=True) for x in (batch, changed))):
+        for a, b in zip(
+            *(torch.autograd.grad(loss(x.copy())[name], params, allow_unused=True) for x in (batch, changed))
+        ):
             assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -232,7 +242,10 @@ def test_of_two_critics_the_smaller_counts_and_both_learn():
     found = loss.value_loss(batch)
     torch.testing.assert_close(found["q_target"], expected)
     for net in critic.nets:
-        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(found["loss_value"], list(net.parameters()), retain_graph=True))
+        assert all(
+            g.abs().sum() > 0
+            for g in torch.autograd.grad(found["loss_value"], list(net.parameters()), retain_graph=True)
+        )
 
 
 def test_smoothed_targets_stay_in_the_box_and_differ():
@@ -259,7 +272,9 @@ def test_the_two_losses_do_not_mix():
     loss.actor_loss(batch)["loss_actor"].backward()
     assert all(p.grad is None for p in loss.network("value_network").parameters())
     actors = [p.grad for p in loss.network("actor_network").parameters()]
-    assert sum(g.sum() for g in together) == pytest.approx(float(sum(g.sum() for g in values + actors)), rel=1e-4)
+    assert sum(g.sum() for g in together) == pytest.approx(
+        float(sum(g.sum() for g in values + actors)), rel=1e-4
+    )
     assert all(not p.requires_grad for n, p in loss.target_actor_network_params.items(True, True))
 
 
@@ -281,7 +296,9 @@ def test_actors_climb_on_the_critic_of_the_moment():
     assert loss.actor_loss(batch)["q_policy"] != twin.actor_loss(batch)["q_policy"]
     loss.load_state_dict(twin.state_dict())
     assert loss.actor_loss(batch)["q_policy"] == twin.actor_loss(batch)["q_policy"] and follows(loss)
-    step = Step([Part(twin.parts()[0], torch.optim.SGD(list(twin.network("value_network").parameters()), 0.1))])
+    step = Step(
+        [Part(twin.parts()[0], torch.optim.SGD(list(twin.network("value_network").parameters()), 0.1))]
+    )
     before = twin.actor_loss(batch)["q_policy"].item()
     step(batch)
     assert twin.actor_loss(batch)["q_policy"].item() != before
@@ -291,13 +308,17 @@ def test_the_actor_sees_the_updated_critic_and_targets_come_last():
     env = ToyEnv()
     loss, batch = nets(env), a_batch(env)
     value, actor = loss.parts()
-    optims = [torch.optim.SGD(list(loss.network(n).parameters()), 0.1) for n in ("value_network", "actor_network")]
+    optims = [
+        torch.optim.SGD(list(loss.network(n).parameters()), 0.1) for n in ("value_network", "actor_network")
+    ]
     step = Step([Part(value, optims[0], name="critic"), Part(actor, optims[1], name="actor")],
                 after=TargetUpdate(loss, tau=0.5))  # fmt: skip
     twin = copy.deepcopy(loss)
     metrics = step(batch.copy())
     net = twin.network("value_network")
-    for p, g in zip(net.parameters(), torch.autograd.grad(twin.value_loss(batch)["loss_value"], list(net.parameters()))):
+    for p, g in zip(
+        net.parameters(), torch.autograd.grad(twin.value_loss(batch)["loss_value"], list(net.parameters()))
+    ):
         p.data -= 0.1 * g
     torch.testing.assert_close(metrics["q_policy"], twin.actor_loss(batch)["q_policy"])
     assert set(step.state_dict()["parts"]["1"]["loss"]) == set()  # kept once
@@ -309,7 +330,9 @@ def test_a_compiled_loss_is_the_same(choices):
     loss, batch = nets(env), a_batch(env)
     value, actor = loss.parts()
     if not choices:  # a draw is another one under compilation
-        torch.testing.assert_close(torch.compile(value)(batch.copy())["loss_value"], value(batch)["loss_value"])
+        torch.testing.assert_close(
+            torch.compile(value)(batch.copy())["loss_value"], value(batch)["loss_value"]
+        )
     found, expected = torch.compile(actor)(batch.copy()), actor(batch)
     assert found.keys() == expected.keys()
     if not choices:
@@ -333,7 +356,9 @@ def test_groups_of_unlike_agents_see_each_other():
     out = loss(batch)
     assert {"loss_value_a", "loss_value_b", "loss_actor_a", "loss_actor_b"} <= set(out.keys())
     actor = loss.network("actor_network")
-    of_b = torch.autograd.grad(out["loss_actor_b"], list(actor.parameters()), retain_graph=True, allow_unused=True)
+    of_b = torch.autograd.grad(
+        out["loss_actor_b"], list(actor.parameters()), retain_graph=True, allow_unused=True
+    )
     touched = [g is not None and bool(g.abs().sum() > 0) for g in of_b]
     assert touched == [p.shape[0] == 1 for p in actor.parameters()]  # one agent in b, two in a
     changed = batch.clone()

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from toys import ToyEnv
 
 import tdmarl
@@ -49,7 +51,9 @@ def test_every_option_trains(choices, options):
 
 def test_matd3_smooths_targets():
     env = ToyEnv()
-    metrics = train(env, maddpg(env, minibatch_size=20, num_updates=2, twin=True, target_noise=0.2, actor_every=2), 2)
+    metrics = train(
+        env, maddpg(env, minibatch_size=20, num_updates=2, twin=True, target_noise=0.2, actor_every=2), 2
+    )
     assert torch.isfinite(metrics["loss_value"])
 
 
@@ -89,7 +93,9 @@ def test_several_groups_are_learnt_together(choices):
         maddpg(env)
     algo = maddpg(env, ("a", "b"), minibatch_size=20, num_updates=2)
     metrics = train(env, algo, 1)
-    assert {"loss_value_a", "loss_value_b", "q_policy_a", "grad_norm_critic", "grad_norm_actor"} <= set(metrics.keys())
+    assert {"loss_value_a", "loss_value_b", "q_policy_a", "grad_norm_critic", "grad_norm_actor"} <= set(
+        metrics.keys()
+    )
     seen = algo.learner.step.parts[0].loss.whole.network("value_network").in_keys
     assert {("a", "action"), ("b", "action")} <= set(seen)
 
@@ -135,7 +141,9 @@ def test_the_cooperative_form_is_said_to_be_it():
     value = loss.network("value_network")(batch.copy())[G, "state_action_value"]
     assert torch.equal(value, value[..., :1, :].expand_as(value))  # one critic
     prepared = algo.learner.prepare(batch.copy())["next", G, "reward"]
-    torch.testing.assert_close(prepared, batch["next", G, "reward"].mean(-2, keepdim=True).expand_as(prepared))
+    torch.testing.assert_close(
+        prepared, batch["next", G, "reward"].mean(-2, keepdim=True).expand_as(prepared)
+    )
     algo.learner(batch)
 
 
@@ -175,3 +183,28 @@ def test_an_algorithm_for_each_group_names_the_tuple_when_a_critic_reads_the_oth
     critic = tdmarl.action_critic(env, ("a", "b"))[0]
     with pytest.raises(ValueError, match=r"group=\('a', 'b'\)"):
         maddpg(env, "a", critic=critic)
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where the host reads a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert not any(read in name for read in ("_local_scalar_dense", "nonzero", "aten.equal")), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("choices, options", [
+    (0, {}), (3, {}), (0, {"twin": True, "target_noise": 0.2, "prioritized": True, "noise": "ou"}),
+    (3, {"share_buffer": False, "standardize_reward": True}),
+])  # fmt: skip
+def test_nothing_is_read_while_acting_and_learning(choices, options):
+    env = ToyEnv(choices=choices, mortal=True)
+    algo = maddpg(env, minibatch_size=20, num_updates=2, **options)
+    batch = tdmarl.Collector(env, algo.explore, frames_per_batch=40, seed=0).rollout()
+    algo.learner(batch)
+    seen = batch[:, 0].select(*algo.explore.in_keys)
+    with NoReads(), set_exploration_type(ExplorationType.RANDOM):
+        algo.explore(seen)
+        algo.learner.prepare(batch.copy())
+        algo.learner.step(algo.learner.buffer.sample())

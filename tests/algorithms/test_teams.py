@@ -68,7 +68,9 @@ def test_random_policies_draw_what_is_available(choices):
     action = batch["agents", "action"]
     if choices:
         assert batch["agents", "action_mask"].gather(-1, action.unsqueeze(-1)).all()
-        assert (torch.bincount(action[:, 1].flatten()) / 1500).tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3], abs=0.04)
+        assert (torch.bincount(action[:, 1].flatten()) / 1500).tolist() == pytest.approx(
+            [0, 1 / 3, 1 / 3, 1 / 3], abs=0.04
+        )
     else:
         assert action.abs().max() <= 1 and action.std().item() == pytest.approx(2 / 12**0.5, abs=0.02)
 
