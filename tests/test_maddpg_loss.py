@@ -86,6 +86,82 @@ def test_targets_and_the_critics_loss_are_those_computed_by_hand():
     torch.testing.assert_close(batch["td_error"], torch.tensor([[2.1], [2.0], [4.7]]))
 
 
+def targets_of(loss, batch):
+    """What each agent's critic regresses on, ``[3, 2]``: from the errors, with the trained critic's values added."""
+    values = loss.network("value_network")(batch.copy())[G, "state_action_value"].squeeze(-1)
+    found = []
+    for i in range(2):
+        alone = torch.zeros(3, 2, dtype=torch.bool)
+        alone[:, i] = True
+        for row in range(3):
+            one = batch[row : row + 1].clone()
+            one[G, "mask"] = alone[row : row + 1]
+            found.append(loss.value_loss(one)["q_target"].item())
+    assert values.shape == (3, 2)
+    return torch.tensor(found).reshape(2, 3).T
+
+
+def test_who_is_gone_has_no_future():
+    loss, batch = by_hand()
+    torch.testing.assert_close(targets_of(loss, batch), torch.tensor([[1.9, 2.9], [3.0, 4.0], [7.7, 3.3]]))
+    # agent 1 terminates alone in the first row; agent 0 is dead after the third without having terminated
+    batch["next", G, "terminated"] = torch.tensor([[False, True], [True, True], [False, False]]).unsqueeze(-1)
+    batch["next", G, "mask"] = torch.tensor([[True, False], [True, True], [False, True]])
+    torch.testing.assert_close(targets_of(loss, batch), torch.tensor([[1.9, 2.0], [3.0, 4.0], [5.0, 3.3]]))
+
+
+def test_weights_huber_loss_and_standardized_rewards_are_those_computed_by_hand():
+    squares = [[2.1**2, 2.1**2], [2.0**2, 2.0**2], [4.7**2, 1.3**2]]
+    loss, batch = by_hand()
+    batch["priority_weight"] = torch.tensor([1.0, 0.5, 0.25])
+    expected = sum(w * sum(row) for w, row in zip([1.0, 0.5, 0.25], squares)) / 6
+    assert math.isclose(loss.value_loss(batch)["loss_value"].item(), expected, rel_tol=1e-5)
+    loss, batch = by_hand(huber_delta=2.0)  # e^2 / 2 up to 2, then 2 (|e| - 1)
+    expected = (2 * (2.1 - 1) * 2 + 2.0 * 2 + 2 * (4.7 - 1) + 1.3**2 / 2) / 6
+    assert math.isclose(loss.value_loss(batch)["loss_value"].item(), expected, rel_tol=1e-5)
+
+    class Halved(nn.Module):
+        def normalize(self, reward):
+            return reward / 2
+
+    loss, batch = by_hand(reward_norm=Halved())
+    mean = (0.5 + 0.9 + 1.5 + 2.5 + 2.7 + 1.0 + 0.9 + 2.0 + 3.0 - 2.7) / 6
+    assert math.isclose(loss.value_loss(batch)["q_target"].item(), mean, rel_tol=1e-5)
+
+
+def test_rewards_are_added_up_along_rows_and_not_beyond_an_end():
+    loss, batch = by_hand(n_steps=2)
+    with pytest.raises(ValueError, match="n_steps=2"):
+        loss.value_loss(batch)
+    row = batch.unsqueeze(0)  # one row of three steps; the second ends by termination, the third is cut off
+    found = loss.value_loss(row)["q_target"].item()
+    # agent 0: 1 + .9 * 3, then 3, then 7.7; agent 1: 2 + .9 * 4, then 4, then 3.3
+    assert math.isclose(found, (3.7 + 3 + 7.7 + 5.6 + 4 + 3.3) / 6, rel_tol=1e-5)
+
+
+def test_regularization_is_the_mean_square_of_what_actions_are_made_of():
+    env = ToyEnv()
+    plain, batch = nets(env), a_batch(env)
+    loss = nets(env, action_reg=0.3)
+    made_of = loss.network("actor_network")(batch.copy())[G, "loc"]
+    expected = plain.actor_loss(batch)["loss_actor"] + 0.3 * made_of.square().mean()
+    torch.testing.assert_close(loss.actor_loss(batch)["loss_actor"], expected)
+
+
+def test_targets_obey_the_next_states_action_masks():
+    env = ToyEnv(choices=3)
+    loss, batch = nets(env), a_batch(env)
+    only = torch.zeros(len(batch), 3, 3, dtype=torch.bool)
+    only[..., 1] = True
+    batch["next", G, "action_mask"] = only
+    seen = []
+    loss.network("target_value_network").actions.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    loss.value_loss(batch)
+    assert torch.equal(seen[0], only.float())
+
+
 @pytest.mark.parametrize("others, by_agent", [
     # mu(o) = (.5, -1) o: .5, -2 | 1.5, -1 | 1, -2.  d/dk_0 of Q_0 = c_0 o_0 u_1, d/dk_1 of Q_1 = c_1 o_1 u_0
     ("buffer", [1 * 1 * 1.0 + 1 * 3 * 0.5 + 1 * 2 * 1.0, 2 * 2 * 1.0 + 2 * 1 * 2.0 + 2 * 2 * -1.0]),
@@ -284,13 +360,16 @@ def test_actors_climb_on_the_critic_of_the_moment():
     loss, batch = nets(env), a_batch(env)
 
     def follows(a_loss):
-        given = batch.to(next(a_loss.network("actor_network").parameters()).dtype)
+        dtype = next(a_loss.network("actor_network").parameters()).dtype
+        given = batch.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
         before = a_loss.actor_loss(given)["q_policy"].item()
         with torch.no_grad():
             a_loss.network("value_network").nets[0].layers[-1].bias.add_(7)
         return a_loss.actor_loss(given)["q_policy"].item() - before == pytest.approx(7, rel=1e-4)
 
     assert follows(loss)
+    frozen, critic = loss.__dict__["_frozen"], loss.network("value_network")
+    assert all(a is b for a, b in zip(frozen.buffers(), critic.buffers())) and list(critic.buffers())
     twin = copy.deepcopy(loss)
     assert follows(twin)
     assert loss.actor_loss(batch)["q_policy"] != twin.actor_loss(batch)["q_policy"]
@@ -391,3 +470,6 @@ def test_what_cannot_be_meant_is_named():
     discrete = ToyEnv(choices=3)
     with pytest.raises(ValueError, match="discrete"):
         nets(discrete, target_noise=0.2)
+    with pytest.raises(KeyError, match="is discrete"):
+        silent = TensorDictModule(nn.Linear(4, 3), [(G, "observation")], [(G, "action")])
+        MADDPGLoss(silent, tdmarl.action_critic(discrete))

@@ -212,6 +212,6 @@ def test_several_teams_come_back_together(tmp_path: Path) -> None:
         expected = algo.policy(batch.copy())
     found = load_policy(tmp_path / "both")(batch.copy())
     assert all(torch.equal(found[g, "action"], expected[g, "action"]) for g in ("a", "b"))
-    with pytest.raises(ValueError, match=r"The policy of 'a' was no algorithm's"):
+    with pytest.raises(ValueError, match=r"How the policy of 'a' is built was not written down"):
         load_policy(tmp_path / "own")
     assert ("a", "action") in load_policy(tmp_path / "own", actor={"a": mappo(env, "a").policy}).out_keys

@@ -38,6 +38,7 @@ def train(env, algo, iterations, frames=40, **options):
     {"tau": None, "target_every": 3}, {"relaxation": "soft", "temperature": 0.5}, {"action_reg": 1e-3},
     {"huber_delta": 1.0, "max_grad_norm": None}, {"layer_norm": True, "activation": torch.nn.Tanh, "hidden": (8,)},
     {"anneal_frames": 200, "critic_lr": 1e-3}, {"storage": "memmap"}, {"noise": "ou"}, {"noise": "none"},
+    {"epsilon_start": 0.5, "epsilon_end": 0.1},
 ])  # fmt: skip
 def test_every_option_trains(choices, options):
     env = ToyEnv(choices=choices, mortal=True, state="scope" in options)
@@ -171,7 +172,7 @@ def test_constructors_do_not_step_or_draw():
     (3, {"target_noise": 0.2}, "discrete"), (0, {"noise_start": -1.0}, "start=-1.0"),
     (0, {"group": "goblins"}, "Unknown group 'goblins'"), (0, {"storage": "tape"}, "storage='tape'"),
     (0, {"prioritized": True, "share_buffer": False}, "share"), (0, {"others": "all"}, "others='all'"),
-    (0, {"scope": "state"}, "'state'"), (0, {"n_steps": 0}, "n_steps=0"),
+    (0, {"scope": "state"}, "'state'"), (0, {"cooperative": True, "others": "policy"}, "cooperative=True"), (0, {"n_steps": 0}, "n_steps=0"),
 ])  # fmt: skip
 def test_bad_input_is_named(choices, options, words):
     with pytest.raises(ValueError, match=words):
