@@ -172,7 +172,8 @@ def test_constructors_do_not_step_or_draw():
     (3, {"target_noise": 0.2}, "discrete"), (0, {"noise_start": -1.0}, "start=-1.0"),
     (0, {"group": "goblins"}, "Unknown group 'goblins'"), (0, {"storage": "tape"}, "storage='tape'"),
     (0, {"prioritized": True, "share_buffer": False}, "share"), (0, {"others": "all"}, "others='all'"),
-    (0, {"scope": "state"}, "'state'"), (0, {"cooperative": True, "others": "policy"}, "cooperative=True"), (0, {"n_steps": 0}, "n_steps=0"),
+    (0, {"scope": "state"}, "'state'"), (0, {"cooperative": True, "others": "policy"}, "cooperative=True"),
+    (0, {"n_steps": 0}, "n_steps=0"),
 ])  # fmt: skip
 def test_bad_input_is_named(choices, options, words):
     with pytest.raises(ValueError, match=words):
