@@ -1,8 +1,8 @@
 """MADDPG on a VMAS scenario: decentralized actors climb on critics that know what everybody sees and does.
 
     python recipes/maddpg_vmas.py --scenario navigation
-    python recipes/maddpg_vmas.py --twin --target-noise 0.2 --actor-every 2     # MATD3
-    python recipes/maddpg_vmas.py --scope agent                                 # independent learners, IDDPG
+    python recipes/maddpg_vmas.py --no-twin --target-noise 0     # as in the paper; the default is near MATD3
+    python recipes/maddpg_vmas.py --scope agent                  # independent learners, IDDPG
     python recipes/maddpg_vmas.py --resume runs/maddpg-navigation-0-... --total-frames 1000000
     python -m tdmarl.plot runs/*
 
@@ -28,6 +28,16 @@ class MADDPGOptions(DeterministicOptions):
     """What critics see: everybody's observations and actions, those of the agent's group, or the agent's own."""
     continuous: bool = True
     """Continuous actions, or the scenario's discrete ones."""
+    twin: bool = True
+    """Two critics for each agent, whose smaller value counts (TD3)."""
+    target_noise: float = 0.2
+    """Smooth the targets of continuous actions by noise of this size (TD3: 0.2)."""
+    minibatch_size: int = 1_024
+    """Frames per minibatch."""
+    num_updates: int = 48
+    """Optimization steps after each batch."""
+    noise_end: float = 0.05
+    """Size of the noise from --noise-frames on."""
 
 
 def main(options: MADDPGOptions) -> None:
@@ -45,6 +55,7 @@ def main(options: MADDPGOptions) -> None:
     arguments = options.arguments() | {
         "group": tuple(env.group_map),  # several groups: each agent still has its own critic and reward
         "scope": options.scope,
+        "target_noise": options.target_noise if options.continuous else 0.0,
     }
     algo = tdmarl.maddpg(env, **arguments)
     collector = tdmarl.Collector(
