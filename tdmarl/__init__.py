@@ -9,6 +9,7 @@ from tdmarl.envs.check import check_env
 from tdmarl.envs.combat import combat
 from tdmarl.envs.foraging import foraging
 from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
+from tdmarl.envs.mamujoco import mamujoco
 from tdmarl.envs.pettingzoo import PettingZooEnv
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
@@ -87,6 +88,7 @@ __all__ = [
     "ippo",
     "iql",
     "load_policy",
+    "mamujoco",
     "mappo",
     "q_actor",
     "qmix",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -471,12 +471,24 @@ def _flat(key: NestedKey) -> str:
 
 
 def stochastic_actor(
-    env: EnvBase, group: str | Sequence[str] | None = None, share_params: Sharing = True, **options: Any
+    env: EnvBase,
+    group: str | Sequence[str] | None = None,
+    share_params: Sharing = True,
+    *,
+    gaussian: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> TensorDictModuleBase:
-    """Builds :func:`gaussian_actor` or :func:`categorical_actor`, group by group, as the action specs ask."""
+    """Builds :func:`gaussian_actor` or :func:`categorical_actor`, group by group, as the action specs ask.
+
+    Args:
+        env, group, share_params: see :func:`gaussian_actor`.
+        gaussian (mapping, optional): options of :func:`gaussian_actor` alone, such as ``{"std": "free"}``.
+        **options: those of both.
+    """
 
     def build(member: Group) -> TensorDictModuleBase:
-        make = gaussian_actor if isinstance(member.action_spec, Bounded) else categorical_actor
-        return make(env, member.name, share_params, **options)
+        if isinstance(member.action_spec, Bounded):
+            return gaussian_actor(env, member.name, share_params, **options, **(gaussian or {}))
+        return categorical_actor(env, member.name, share_params, **options)
 
     return _for_each_group(env, group, build)

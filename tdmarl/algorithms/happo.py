@@ -69,6 +69,7 @@ def happo(
     hidden: Sequence[int] = (128, 128),
     activation: type[nn.Module] = nn.ReLU,
     layer_norm: bool = True,
+    gaussian: Mapping[str, Any] | None = None,
     recurrent: str | int | None = None,
     chunk_length: int = 10,
     actor: Actors | None = None,
@@ -85,9 +86,9 @@ def happo(
             group, then by index.
         team_reward ("mean" or "sum"): how the agents' rewards become the team's.
         gamma, lmbda, clip_epsilon, entropy_coeff, num_epochs, minibatch_size, lr, critic_lr, max_grad_norm,
-            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, recurrent,
-            chunk_length, seed, mode: see :func:`tdmarl.mappo`; here each agent has its own epochs and optimizer. The
-            factor of recurrent policies is taken over whole batches, from the states where these begin.
+            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, gaussian,
+            recurrent, chunk_length, seed, mode: see :func:`tdmarl.mappo`; here each agent has its own epochs and
+            optimizer. The factor of recurrent policies is taken over whole batches, from the states where these begin.
         normalize_advantage (bool): standardize the joint advantage once, over each agent's live entries.
         critic_scope ("team" or "state"): what the team's one V sees.
         share_params (bool or map): agents may share networks, but the theory of the sequential update then no
@@ -114,7 +115,7 @@ def happo(
             stacklevel=2,
         )
     with seeds.routed(seeds.generator(seed, "init")):
-        agents, policy = _agents(env, list(members), actor, share_params, nets)
+        agents, policy = _agents(env, list(members), actor, share_params, nets | {"gaussian": gaussian})
         if critic is None:
             critic = state_critic(env, group, scope=critic_scope, joint=True, **nets)
     norm = ValueNorm(device=members.groups[0].device) if value_norm else None
