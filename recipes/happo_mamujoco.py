@@ -95,7 +95,9 @@ def main(options: MuJoCoOptions) -> None:
             metrics = algo.learner(batch)
             returns = None
             if run.evaluates():
-                returns = tdmarl.evaluate(played, algo.policy, episodes=options.eval_episodes, seed=options.seed)
+                returns = tdmarl.evaluate(
+                    played, algo.policy, episodes=options.eval_episodes, seed=options.seed
+                )
             run.log(batch, metrics, returns)
 
 

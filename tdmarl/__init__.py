@@ -2,7 +2,7 @@
 
 from tdmarl import reduce
 from tdmarl.actors import categorical_actor, gaussian_actor, stochastic_actor
-from tdmarl.algorithms import Algorithm, happo, ippo, iql, mappo, qmix, vdn
+from tdmarl.algorithms import Algorithm, haa2c, happo, hatrpo, ippo, iql, mappo, qmix, vdn
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.envs.check import check_env
@@ -35,6 +35,7 @@ from tdmarl.run import Run
 from tdmarl.saving import load_policy
 from tdmarl.step import Annealing, Part, Step
 from tdmarl.targets import TargetUpdate
+from tdmarl.trust import TrustRegionStep
 
 __version__ = "0.1.0"
 
@@ -72,6 +73,7 @@ __all__ = [
     "TargetUpdate",
     "Team",
     "TeamReward",
+    "TrustRegionStep",
     "ValueLoss",
     "ValueNorm",
     "VmasEnv",
@@ -84,7 +86,9 @@ __all__ = [
     "foraging",
     "gaussian_actor",
     "generalized_advantage",
+    "haa2c",
     "happo",
+    "hatrpo",
     "ippo",
     "iql",
     "load_policy",

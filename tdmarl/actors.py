@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
+from torch.distributions.kl import register_kl
 from torch.nn import functional as F
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import EnvBase
@@ -212,6 +213,21 @@ class MaskedCategorical(Distribution):
     def deterministic_sample(self) -> Tensor:
         """What the policy does when it does not explore: the most likely available action."""
         return self.mode
+
+
+@register_kl(ClippedNormal, ClippedNormal)
+@register_kl(TanhNormal, TanhNormal)
+def _kl_of_boxes(p: _Box, q: _Box) -> Tensor:
+    """That of the normals: one map squashes both, and the environment clips both."""
+    ratio, shift = p.scale / q.scale, (p.loc - q.loc) / q.scale
+    return p._sum(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
+
+
+@register_kl(MaskedCategorical, MaskedCategorical)
+def _kl_of_choices(p: MaskedCategorical, q: MaskedCategorical) -> Tensor:
+    least = torch.finfo(p.parts[0].dtype).min  # of what is unavailable to both
+    pairs = zip(p.parts, q.parts)
+    return torch.stack([(a.exp() * (a.clamp_min(least) - b.clamp_min(least))).sum(-1) for a, b in pairs]).sum(0)
 
 
 class GaussianHead(nn.Module):

@@ -83,7 +83,9 @@ def mamujoco(
     if partition is None or agent_obsk is None:
         partition = agent_obsk = None
     if agent_obsk is not None and agent_obsk < 0:
-        raise ValueError(f"agent_obsk={agent_obsk} must be at least 0, the number of joints away an agent sees.")
+        raise ValueError(
+            f"agent_obsk={agent_obsk} must be at least 0, the number of joints away an agent sees."
+        )
     if scenario != "CoupledHalfCheetah":  # the others are made by gymnasium.make
         options = {"disable_env_checker": True} | options
         if max_steps is not None:

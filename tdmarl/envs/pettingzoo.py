@@ -20,6 +20,8 @@ from tdmarl.envs.copies import Layout, views
 from tdmarl.envs.groups import make_group_map
 from tdmarl.envs.workers import InProcess, Processes
 
+Grouping = MarlGroupMapType | dict[str, list[str]]
+
 
 class PettingZooEnv(EnvBase):
     """Trains on any PettingZoo environment whose agents act at once, many copies of it, over worker processes.
@@ -74,7 +76,7 @@ class PettingZooEnv(EnvBase):
         *,
         num_envs: int | None = None,
         device: torch.device | str | None = None,
-        group_map: MarlGroupMapType | dict[str, list[str]] | None = None,
+        group_map: Grouping | None = None,
         return_state: bool = True,
         pad: bool = False,
     ) -> None:
@@ -109,9 +111,7 @@ class PettingZooEnv(EnvBase):
             self._finalize()
             raise
 
-    def _bind(
-        self, group_map: MarlGroupMapType | dict[str, list[str]] | None, return_state: bool, pad: bool
-    ) -> None:
+    def _bind(self, group_map: Grouping | None, return_state: bool, pad: bool) -> None:
         """Groups, arrays and specs from what a copy says of itself."""
         about = self._workers.describe()
         agents = {str(agent): kind for agent, kind in about["agents"].items()}

@@ -38,7 +38,9 @@ def split(scenario: str, shipped: str, agents: int) -> dict[str, Any]:
     joints = sorted((node for part in parts for node in part), key=lambda node: node.act_ids)
     each, left = divmod(len(joints), agents)
     if left:
-        raise ValueError(f"the {len(joints)} joints of {scenario} cannot be shared out among {agents} agents.")
+        raise ValueError(
+            f"the {len(joints)} joints of {scenario} cannot be shared out among {agents} agents."
+        )
     rows = [tuple(joints[i * each : (i + 1) * each]) for i in range(agents)]
     return {"partition": rows, "edges": edges, "globals": shared}
 
@@ -94,9 +96,11 @@ class Robot:
         return self._observe(), self._for_all(info if self.infos else {})
 
     def step(self, actions: dict[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
-        joint = np.empty(self.single.action_space.shape)
-        for agent, own in zip(self.possible_agents, self.actuators):
-            joint[own] = actions[agent]
+        joint = actions[self.possible_agents[0]]  # all of it where there is one agent
+        if self.package.agent_obsk is not None:
+            joint = np.empty(self.single.action_space.shape)
+            for agent, own in zip(self.possible_agents, self.actuators):
+                joint[own] = actions[agent]
         self._state, reward, terminated, truncated, info = self.single.step(joint)
         if terminated or truncated:
             self.agents = []
@@ -138,7 +142,10 @@ class Robot:
 
         size, far = int(ends[-1]), 1e6
         try:
-            index = np.rint(np.concatenate(shown(np.arange(1, size + 1) / (size + 1))) * (size + 1)).astype(int) - 1
+            index = (
+                np.rint(np.concatenate(shown(np.arange(1, size + 1) / (size + 1))) * (size + 1)).astype(int)
+                - 1
+            )
             high, low = (np.concatenate(shown(np.full(size, sign * far))) for sign in (1, -1))
         except AttributeError:  # it observes something else
             return None
