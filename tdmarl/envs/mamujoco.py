@@ -44,6 +44,7 @@ def mamujoco(
     agent_obsk: int | None = 1,
     pad: bool = False,
     infos: bool = True,
+    agent_factorization: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
     **options: Any,
 ) -> PettingZooEnv:
@@ -67,6 +68,8 @@ def mamujoco(
         pad (bool): agents form one group, what they see and do filled up with zeros to one size, so that they can
             share a network.
         infos (bool): keep the numbers of the step's infos under ``("agents", "info", name)``.
+        agent_factorization (dict, optional): a partition of your own as the package takes it: ``partition``, ``edges``
+            and ``globals``. ``partition`` is then but its name.
         device (torch.device, optional): where the tensors are.
         **options: for the package's environment, such as ``local_categories``, or the robot, such as
             ``ctrl_cost_weight``.
@@ -79,7 +82,7 @@ def mamujoco(
         >>> env.rollout(3)["agents", "observation"].shape
         torch.Size([2, 3, 2, 12])
     """
-    agents = check(scenario, partition)
+    agents = check(scenario, partition) if agent_factorization is None else None
     if partition is None or agent_obsk is None:
         partition = agent_obsk = None
     if agent_obsk is not None and agent_obsk < 0:
@@ -97,7 +100,9 @@ def mamujoco(
         import runpy
 
         module = runpy.run_path(file)
-        joints = None if agents is None else module["split"](scenario, PARTITIONS[scenario][0], agents)
+        joints = agent_factorization
+        if agents is not None:
+            joints = module["split"](scenario, PARTITIONS[scenario][0], agents)
         return module["Robot"](scenario, partition, agent_obsk, options, joints, infos)
 
     return PettingZooEnv(make, num_workers, max_steps, seed, num_envs=num_envs, device=device, pad=pad)

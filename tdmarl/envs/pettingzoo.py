@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tdmarl.envs.copies import Layout, views
 from tdmarl.envs.groups import make_group_map
 from tdmarl.envs.workers import InProcess, Processes
 
-Grouping = MarlGroupMapType | dict[str, list[str]]
+Grouping: TypeAlias = "MarlGroupMapType | dict[str, list[str]]"
 
 
 class PettingZooEnv(EnvBase):

@@ -78,6 +78,11 @@ class Robot:
         self.actuators = [
             np.array([node.act_ids for node in part]) for part in self.package.agent_action_partitions
         ]
+        if self.package.agent_obsk is not None:  # some joints of Pusher have one name, and their order is then anyone's
+            self.package.k_dicts = [
+                {k: sorted(nodes, key=lambda node: (node.label, node.act_ids)) for k, nodes in near.items()}
+                for near in self.package.k_dicts
+            ]
         self.gather = None if self.package.agent_obsk is None else self._find_gather()
 
     def observation_space(self, agent: str) -> Any:

@@ -22,7 +22,10 @@ GATHERED = {s for s, _ in SHIPPED + MORE} - {"CoupledHalfCheetah", "Pusher", "Re
 def stock(scenario, partition, obsk=1, **options):
     with contextlib.redirect_stderr(io.StringIO()):
         from gymnasium_robotics.envs.multiagent_mujoco import mujoco_multi
-    return mujoco_multi.MultiAgentMujocoEnv(scenario, partition, obsk, **options)
+    env = mujoco_multi.MultiAgentMujocoEnv(scenario, partition, obsk, **options)
+    for near in getattr(env, "k_dicts", ()):  # joints of one name stand in any order, another one in each process
+        near.update({k: sorted(nodes, key=lambda n: (n.label, n.act_ids)) for k, nodes in near.items()})
+    return env
 
 
 @pytest.mark.parametrize("obsk", [0, 1, 2])
@@ -119,6 +122,15 @@ def test_padded_agents_form_one_group_and_do_what_the_unpadded_do():
     actor = tdmarl.gaussian_actor(wide, distribution="clipped")
     assert not actor(wide.reset())["agents", "action"][0, 1, -1]
     tdmarl.check_env(padded)
+
+
+def test_a_partition_of_ones_own():
+    joints = robot.split("Ant", "4x2", 2) | {"edges": []}
+    env = tdmarl.mamujoco("Ant", "halves", num_workers=1, agent_factorization=joints)
+    assert env.reset()["agents", "observation"].shape == (1, 2, 4 * 2 + 7 * 6 + 11)  # joints, bodies, root
+    env.close()
+    with pytest.raises(ValueError, match="joints"):
+        robot.split("Ant", "4x2", 3)
 
 
 def test_time_limits_truncate_and_falls_terminate():
