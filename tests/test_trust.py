@@ -164,6 +164,15 @@ def test_a_search_without_reading_the_host_finds_the_same(monkeypatch):
         assert torch.equal(one, other)
 
 
+def test_a_step_runs_on_meta_where_a_host_read_or_a_device_mix_raises():
+    game = tdmarl.continuous_game(lambda a: -(a - 0.5).square(), n_agents=2, num_envs=4)
+    actor = agent_actor(tdmarl.gaussian_actor(game, share_params=False, hidden=(8,)), 1, {}).to("meta")
+    td = TensorDict({"observation": torch.zeros(4, 1), "action": torch.zeros(4, 1)}, [4])
+    td["action_log_prob"], td["advantage"] = torch.zeros(4), torch.zeros(4, 1)
+    td["observation"] = torch.zeros(4, *game.reset()["agents", "observation"].shape[2:])
+    assert TrustRegionStep(actor)(td.to("meta"))["kl"].device.type == "meta"
+
+
 def test_bad_arguments_say_what_would_do():
     actor = actor_of([0.0, 0.0])
     for wrong in (
