@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tdmarl
-from tdmarl.options import OffPolicyOptions
+from tdmarl.options import ValueOptions
 from tdmarl.run import Run, launch
 
 
 @dataclass(kw_only=True)
-class IQLOptions(OffPolicyOptions):
+class IQLOptions(ValueOptions):
     """IQL on a VMAS scenario with discrete actions: each agent learns its own values."""
 
     team_reward: Literal["own", "sum", "mean"] = "own"

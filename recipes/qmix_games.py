@@ -14,12 +14,12 @@ from typing import Any, Literal
 from torchrl.envs import EnvBase
 
 import tdmarl
-from tdmarl.options import OffPolicyOptions
+from tdmarl.options import ValueOptions
 from tdmarl.run import Run, launch
 
 
 @dataclass(kw_only=True)
-class GameOptions(OffPolicyOptions):
+class GameOptions(ValueOptions):
     """QMIX or VDN outside VMAS: on the combat game, where agents die, and on Level-Based Foraging."""
 
     scenario: str = "combat"

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tdmarl
-from tdmarl.options import OffPolicyOptions
+from tdmarl.options import ValueOptions
 from tdmarl.run import Run, launch
 
 
 @dataclass(kw_only=True)
-class QMIXOptions(OffPolicyOptions):
+class QMIXOptions(ValueOptions):
     """QMIX on a VMAS scenario with discrete actions: the team's value is a monotonic function of the agents'."""
 
     team_reward: Literal["sum", "mean"] = "sum"

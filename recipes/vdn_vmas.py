@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tdmarl
-from tdmarl.options import OffPolicyOptions
+from tdmarl.options import ValueOptions
 from tdmarl.run import Run, launch
 
 
 @dataclass(kw_only=True)
-class VDNOptions(OffPolicyOptions):
+class VDNOptions(ValueOptions):
     """VDN on a VMAS scenario with discrete actions: the team's value is the sum of the agents'."""
 
     team_reward: Literal["sum", "mean"] = "sum"

@@ -1,10 +1,25 @@
 """tdmarl: composable multi-agent reinforcement learning on TorchRL and TensorDict."""
 
 from tdmarl import reduce
+from tdmarl.action_critics import action_critic
 from tdmarl.actors import categorical_actor, gaussian_actor, stochastic_actor
-from tdmarl.algorithms import Algorithm, haa2c, happo, hatrpo, ippo, iql, mappo, qmix, vdn
+from tdmarl.algorithms import (
+    Algorithm,
+    haa2c,
+    happo,
+    hatrpo,
+    ippo,
+    iql,
+    maddpg,
+    mappo,
+    per_group,
+    qmix,
+    random_policy,
+    vdn,
+)
 from tdmarl.collect import Collector
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
+from tdmarl.deterministic_actors import ActionNoise, OrnsteinUhlenbeckNoise, deterministic_actor
 from tdmarl.envs.check import check_env
 from tdmarl.envs.combat import combat
 from tdmarl.envs.foraging import foraging
@@ -16,6 +31,7 @@ from tdmarl.evaluate import evaluate
 from tdmarl.keys import Group, Team, team
 from tdmarl.learners import BatchBuffer, Learner, SequentialLearner
 from tdmarl.losses import PolicyLoss, ValueLoss
+from tdmarl.maddpg_loss import MADDPGLoss
 from tdmarl.mixers import qmix_mixer, vdn_mixer
 from tdmarl.mixing import MixingLoss
 from tdmarl.nets import AgentGRU, AgentLinear, AgentMLP
@@ -27,7 +43,13 @@ from tdmarl.prepare import (
     TeamReward,
     generalized_advantage,
 )
-from tdmarl.options import OffPolicyOptions, OnPolicyOptions, Options
+from tdmarl.options import (
+    DeterministicOptions,
+    OffPolicyOptions,
+    OnPolicyOptions,
+    Options,
+    ValueOptions,
+)
 from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
 from tdmarl.recurrent import AgentRNN, CarryHidden, Recurrent
 from tdmarl.replay import ProportionalSampler, Replay
@@ -40,6 +62,7 @@ from tdmarl.trust import TrustRegionStep
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActionNoise",
     "Advantage",
     "AgentGRU",
     "AgentLinear",
@@ -50,16 +73,19 @@ __all__ = [
     "BatchBuffer",
     "CarryHidden",
     "Collector",
+    "DeterministicOptions",
     "EpsilonGreedy",
     "Group",
     "HAPPOFactor",
     "JointAdvantage",
     "Learner",
+    "MADDPGLoss",
     "MixingLoss",
     "NormalizedCritic",
     "OffPolicyOptions",
     "OnPolicyOptions",
     "Options",
+    "OrnsteinUhlenbeckNoise",
     "Part",
     "PettingZooEnv",
     "PolicyLoss",
@@ -76,11 +102,14 @@ __all__ = [
     "TrustRegionStep",
     "ValueLoss",
     "ValueNorm",
+    "ValueOptions",
     "VmasEnv",
+    "action_critic",
     "categorical_actor",
     "check_env",
     "combat",
     "continuous_game",
+    "deterministic_actor",
     "evaluate",
     "exploring",
     "foraging",
@@ -92,6 +121,7 @@ __all__ = [
     "ippo",
     "iql",
     "load_policy",
+    "maddpg",
     "mamujoco",
     "mappo",
     "q_actor",
@@ -99,6 +129,8 @@ __all__ = [
     "qmix_mixer",
     "matrix_game",
     "memory_game",
+    "per_group",
+    "random_policy",
     "reduce",
     "state_critic",
     "stochastic_actor",

@@ -23,6 +23,87 @@ from tdmarl.recurrent import agent_net, as_module
 SCOPES = ("agent", "group", "team", "state")
 
 
+class JointAction(nn.Module):
+    """The actions of several groups as one vector, in which it is known what is whose.
+
+    Continuous actions stand as they are, discrete ones as one-hot vectors side by side; so do floating-point entries
+    of that width, such as the relaxed actions that gradients go through.
+
+    Args:
+        groups (sequence of Group): in order; agents by index within.
+        group (Group): one of them, whose agents have a row each in :attr:`mine`.
+
+    Example:
+        >>> from torchrl.data import Categorical
+        >>> pair = Group("agents", 2, 1, Categorical(3, shape=(2,)))
+        >>> joint = JointAction([pair], pair)
+        >>> joint(torch.tensor([0, 2]))
+        tensor([1., 0., 0., 0., 0., 1.])
+        >>> joint.replaced(joint(torch.tensor([0, 2])), torch.tensor([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0]]))
+        tensor([[0.0000, 0.5000, 0.5000, 0.0000, 0.0000, 1.0000],
+                [1.0000, 0.0000, 0.0000, 0.0000, 1.0000, 0.0000]])
+    """
+
+    def __init__(self, groups: Sequence[Group], group: Group) -> None:
+        super().__init__()
+        self.in_keys: list[NestedKey] = [g.key("action") for g in groups]
+        self.encoders: list[tuple[int, ...] | None] = []  # sizes of discrete choices to be made one-hot
+        widths: list[int] = []
+        first: dict[str, int] = {}
+        for g in groups:
+            first[g.name] = sum(widths)
+            if isinstance(g.action_spec, Bounded):
+                self.encoders.append(None)
+                width = g.action_spec.shape[-1]
+            else:
+                nvec, one_hot = choices(g.action_spec, g.key("action"))
+                self.encoders.append(None if one_hot else nvec)
+                width = sum(nvec)
+            widths += [width] * g.n_agents
+        self.features, self.width, self.n_agents = sum(widths), width_of(group), group.n_agents
+        self.before = first[group.name]
+        column = torch.arange(self.features) - self.before
+        agent = torch.arange(group.n_agents).unsqueeze(-1)
+        self.mine: Tensor
+        self.register_buffer(
+            "mine", (column // self.width == agent).to(group.device), persistent=False
+        )  # [n, all action entries]
+
+    def forward(self, *actions: Tensor) -> Tensor:
+        parts = [encoded(a, nvec).flatten(-2) for a, nvec in zip(actions, self.encoders)]
+        return torch.cat(parts, -1)  # [*B, f]
+
+    def others(self, joint: Tensor) -> Tensor:
+        """What each agent of the group does not decide, ``[*B, n, f]``: its own entries are zero."""
+        return joint.unsqueeze(-2).masked_fill(self.mine, 0)
+
+    def replaced(self, joint: Tensor, own: Tensor) -> Tensor:
+        """The joint action if each agent alone did as ``own`` ``[*B, n, width]`` says, ``[*B, n, f]``."""
+        after = self.features - self.before - self.n_agents * self.width
+        spread = F.pad(own.repeat(*[1] * (own.ndim - 1), self.n_agents), (self.before, after))
+        return torch.where(self.mine, spread, joint.unsqueeze(-2))
+
+
+def encoded(action: Tensor, nvec: Sequence[int] | None) -> Tensor:
+    """Actions as a network reads them, ``[*B, n, a]``.
+
+    Args:
+        action (Tensor): continuous, one-hot, relaxed (floating-point) or indices: ``[*B, n]``, or
+            ``[*B, n, len(nvec)]`` for several choices.
+        nvec (sequence of int, optional): how many actions each choice has; None if they are vectors already.
+    """
+    if nvec is None or action.is_floating_point():
+        return action.float()
+    parts = action.unbind(-1) if len(nvec) > 1 else (action,)
+    return torch.cat([F.one_hot(p, k) for p, k in zip(parts, nvec)], -1).float()
+
+
+def width_of(group: Group) -> int:
+    """How many entries an agent's action has in a network's input."""
+    spec = group.action_spec
+    return spec.shape[-1] if isinstance(spec, Bounded) else sum(choices(spec, group.key("action"))[0])
+
+
 class JointInput(nn.Module):
     """Gathers what a critic of one group sees: the scope's observations, and the other agents' actions if asked.
 
@@ -38,41 +119,21 @@ class JointInput(nn.Module):
 
     def __init__(self, team: Team, group: Group, scope: str, other_actions: bool) -> None:
         super().__init__()
-        self.scope, self.other_actions, self.n_agents = scope, other_actions, group.n_agents
+        self.scope, self.n_agents = scope, group.n_agents
         seen = {"agent": [group], "group": [group], "team": list(team), "state": []}[scope]
         self.in_keys: list[NestedKey] = [g.key("observation") for g in seen] if seen else ["state"]
-        self.others: Tensor
         self.n_observed = len(self.in_keys)
         if scope == "agent":
             self.features = group.observation_size
         elif scope == "state":
-            assert team.state_size is not None  # checked by state_critic
+            assert team.state_size is not None  # check_scope
             self.features = team.state_size
         else:
             self.features = sum(g.n_agents * g.observation_size for g in seen)
-        self.encoders: list[
-            tuple[int, ...] | None
-        ] = []  # per group: sizes of discrete choices to be made one-hot
-        if not other_actions:
-            return
-        first, widths, offset = 0, [], 0
-        for g in team:
-            if g.name == group.name:
-                offset = first
-            if isinstance(g.action_spec, Bounded):
-                self.encoders.append(None)
-                width = g.action_spec.shape[-1]
-            else:
-                nvec, one_hot = choices(g.action_spec, g.key("action"))
-                self.encoders.append(None if one_hot else nvec)
-                width = sum(nvec)
-            self.in_keys.append(g.key("action"))
-            widths += [width] * g.n_agents
-            first += g.n_agents
-        owner = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))  # [all action entries]
-        mine = owner == offset + torch.arange(group.n_agents).unsqueeze(-1)  # [n, all action entries]
-        self.register_buffer("others", (~mine).float().to(group.device), persistent=False)
-        self.features += sum(widths)
+        self.actions = JointAction(list(team), group) if other_actions else None
+        if self.actions is not None:
+            self.in_keys += self.actions.in_keys
+            self.features += self.actions.features
 
     def forward(self, *inputs: Tensor) -> Tensor:
         observed, actions = inputs[: self.n_observed], inputs[self.n_observed :]
@@ -82,18 +143,21 @@ class JointInput(nn.Module):
             x = observed[0].unsqueeze(-2)  # [*B, 1, s]
         else:
             x = torch.cat([o.flatten(-2) for o in observed], -1).unsqueeze(-2)  # [*B, 1, sum of n * o]
-        if not self.other_actions:
+        if self.actions is None:
             return x
-        joint = torch.cat([self._encode(a, nvec) for a, nvec in zip(actions, self.encoders)], -1)
-        rest = joint.unsqueeze(-2) * self.others  # [*B, n, all action entries]
+        rest = self.actions.others(self.actions(*actions))  # [*B, n, all action entries]
         return torch.cat([x.expand(*rest.shape[:-1], -1), rest], -1)
 
-    @staticmethod
-    def _encode(action: Tensor, nvec: tuple[int, ...] | None) -> Tensor:
-        if nvec is None:
-            return action.float().flatten(-2)
-        parts = action.unbind(-1) if len(nvec) > 1 else (action,)
-        return torch.cat([F.one_hot(p, k) for p, k in zip(parts, nvec)], -1).float().flatten(-2)
+
+def check_scope(members: Team, scope: str, who: str) -> None:
+    """Raises ValueError for a scope that there is not."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} of {who} must be one of {SCOPES}.")
+    if scope == "state" and members.state_size is None:
+        raise ValueError(
+            "scope='state' needs a root entry 'state' in the environment's observation spec; this one has none. "
+            "Use scope='team' for the joint observation."
+        )
 
 
 class _Valued(nn.Module):
@@ -155,14 +219,8 @@ def state_critic(
         TensorDictModuleBase: writes ``(group, "state_value")`` ``[*B, n, 1]`` for each group; ``"state_value"``
         ``[*B, 1]`` if ``joint``.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope={scope!r} must be one of {SCOPES}.")
     members = team(env, group)
-    if scope == "state" and members.state_size is None:
-        raise ValueError(
-            "scope='state' needs a root entry 'state' in the environment's observation spec; this one has "
-            f"{sorted(map(str, env.full_observation_spec.keys()))}. Use scope='team' for the joint observation."
-        )
+    check_scope(members, scope, "state_critic")
     if joint:
         if scope not in ("team", "state") or other_actions:
             raise ValueError(

@@ -31,7 +31,7 @@ class Learner:
         modules (mapping of str to nn.Module, optional): what else changes and belongs to the state, such as an
             exploration schedule, or moments that ``prepare`` takes in.
         mode (str): see :meth:`Step.accelerate`.
-        seed (int): of what ``prepare`` draws, such as the next actions of a critic that reads them.
+        seed (int): of what ``prepare`` and the losses draw, such as the next actions of a critic that reads them.
 
     Returns:
         calling it with a batch ``[*B, T]`` returns a tensordict of metrics, averaged over the steps, on the device;
@@ -79,7 +79,8 @@ class Learner:
         taken = self.buffer.n_updates if self.updates is None else self.updates  # type: ignore[attr-defined]
         if not getattr(self.buffer, "ready", True):
             taken = 0
-        metrics = [self._update() for _ in range(taken)]
+        with seeds.routed(self.generator):  # what losses draw
+            metrics = [self._update() for _ in range(taken)]
         if self.annealing is not None:
             self.annealing.advance(frames)
         names = list(dict.fromkeys(key for m in metrics for key in m.keys()))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchrl.envs import EnvBase
 
 from tdmarl.keys import Team, team
-from tdmarl.q_actors import Direct
+from tdmarl.recurrent import Direct
 
 
 class VDNMixer(nn.Module):

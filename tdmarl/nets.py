@@ -141,8 +141,12 @@ class AgentLinear(nn.Module):
         if len(weight) == 1:
             y = F.linear(x, weight[0].T, bias[0])
         else:
-            x = x.expand(*x.shape[:-2], len(weight), -1)
-            y = torch.einsum("...ni,nio->...no", x, weight) + bias
+            # agents first in memory from layer to layer: what is elementwise in between then runs without strides
+            x = x.movedim(-2, 0)  # [n or 1, *B, in]
+            batch = x.shape[1:-1]
+            x = x.reshape(len(x), -1, x.shape[-1]).expand(len(weight), -1, -1)
+            y = torch.baddbmm(bias.unsqueeze(1), x, weight)
+            y = y.view(len(weight), *batch, -1).movedim(0, -2)
         return y if self.agent is None else y + self.agent
 
 

@@ -163,7 +163,7 @@ class OnPolicyOptions(Options):
 
 @dataclasses.dataclass(kw_only=True)
 class OffPolicyOptions(Options):
-    """What the recipes of Q-learning have in common, with defaults for VMAS on a laptop; actions are discrete."""
+    """What the recipes that learn from a replay buffer have in common, with defaults for VMAS on a laptop."""
 
     num_envs: int = 256
     """Environments simulated side by side."""
@@ -183,22 +183,10 @@ class OffPolicyOptions(Options):
     """Frames per minibatch."""
     gamma: float = 0.9
     """Discount of rewards."""
-    double_q: bool = True
-    """Let the online network choose the next action that the target network values."""
     n_steps: int = 1
-    """Rewards added up before a value, within --chunk-length."""
-    lmbda: float = 0.0
-    """Weight of long returns, within --chunk-length."""
-    recurrent: bool = False
-    """Let the networks remember: a gated recurrent unit after a hidden layer."""
-    chunk_length: int = 10
-    """With --recurrent, --n-steps or --lmbda: steps in the sequences learned from; divides the steps of a batch."""
-    burn_in: int = 0
-    """With --recurrent: steps at the beginning of a sequence that only bring the state up to date."""
+    """Rewards added up before a value."""
     width: int = 128
     """Of each of the networks' two hidden layers."""
-    last_action: bool = False
-    """Let the networks see the agent's last action."""
     share_params: bool = True
     """One network for all agents of a group, or one each."""
     buffer_size: int = 409_600
@@ -215,10 +203,6 @@ class OffPolicyOptions(Options):
     """Share by which targets follow the networks at every update; 0: they are copied at every --target-every."""
     target_every: int = 100
     """With --tau 0: updates between two copies of the networks to the targets."""
-    epsilon_end: float = 0.05
-    """Probability of a random action, from --epsilon-frames on; it falls from 1."""
-    epsilon_frames: int = 100_000
-    """Frames until then."""
     max_grad_norm: float = 10.0
     """Largest norm of the gradient."""
     standardize_reward: bool = False
@@ -229,11 +213,10 @@ class OffPolicyOptions(Options):
     def check(self) -> None:
         """Raises ValueError for options that cannot be meant."""
         super().check()
-        steps = self.frames_per_batch // self.num_envs
-        if not (1 <= self.row_length() <= steps and steps % self.row_length() == 0):
+        steps, (name, length) = self.frames_per_batch // self.num_envs, self.row()
+        if not (1 <= length <= steps and steps % length == 0):
             raise ValueError(
-                f"--chunk-length {self.chunk_length} must divide the {steps} steps of a batch "
-                "(--frames-per-batch over --num-envs)"
+                f"{name} {length} must divide the {steps} steps of a batch (--frames-per-batch over --num-envs)"
             )
         if self.frames_per_batch > self.buffer_size:
             raise ValueError(
@@ -245,24 +228,99 @@ class OffPolicyOptions(Options):
                 f"{self.buffer_size} frames (--buffer-size)"
             )
 
-    def row_length(self) -> int:
+    def row(self) -> tuple[str, int]:
+        """Steps in a row of the replay buffer, and the option that says so."""
+        return "--n-steps", self.n_steps
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that all algorithms with a replay buffer take."""
+        names = (
+            "lr", "num_updates", "minibatch_size", "gamma", "n_steps", "share_params", "buffer_size", "storage",
+            "prioritized", "learning_starts", "max_grad_norm", "standardize_reward", "seed", "mode",
+        )  # fmt: skip
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        given["hidden"] = (self.width, self.width)
+        given["tau"] = self.tau or None
+        given["target_every"] = None if self.tau else self.target_every
+        given["anneal_frames"] = self.total_frames if self.anneal else None
+        return given
+
+
+@dataclasses.dataclass(kw_only=True)
+class ValueOptions(OffPolicyOptions):
+    """What the recipes of Q-learning have in common; actions are discrete."""
+
+    double_q: bool = True
+    """Let the online network choose the next action that the target network values."""
+    n_steps: int = 1
+    """Rewards added up before a value, within --chunk-length."""
+    lmbda: float = 0.0
+    """Weight of long returns, within --chunk-length."""
+    recurrent: bool = False
+    """Let the networks remember: a gated recurrent unit after a hidden layer."""
+    chunk_length: int = 10
+    """With --recurrent, --n-steps or --lmbda: steps in the sequences learned from; divides the steps of a batch."""
+    burn_in: int = 0
+    """With --recurrent: steps at the beginning of a sequence that only bring the state up to date."""
+    last_action: bool = False
+    """Let the networks see the agent's last action."""
+    epsilon_end: float = 0.05
+    """Probability of a random action, from --epsilon-frames on; it falls from 1."""
+    epsilon_frames: int = 100_000
+    """Frames until then."""
+
+    def row(self) -> tuple[str, int]:
         """Steps in a row of the replay buffer: one, unless something looks further."""
-        return self.chunk_length if self.recurrent or self.n_steps > 1 or self.lmbda > 0 else 1
+        looks = self.recurrent or self.n_steps > 1 or self.lmbda > 0
+        return "--chunk-length", self.chunk_length if looks else 1
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of :func:`tdmarl.iql`, :func:`tdmarl.vdn` and :func:`tdmarl.qmix`."""
-        names = (
-            "lr", "num_updates", "minibatch_size", "gamma", "double_q", "n_steps", "lmbda", "burn_in", "last_action",
-            "share_params", "buffer_size", "storage", "prioritized", "learning_starts", "target_every", "epsilon_end",
-            "epsilon_frames", "max_grad_norm", "standardize_reward", "seed", "mode",
-        )  # fmt: skip
-        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        names = ("double_q", "lmbda", "burn_in", "last_action", "epsilon_end", "epsilon_frames")
+        given = super().arguments() | {name: getattr(self, name) for name in names}
         given["hidden"] = (self.width,) if self.recurrent else (self.width, self.width)
-        given["tau"] = self.tau or None
-        given["anneal_frames"] = self.total_frames if self.anneal else None
+        given["target_every"] = self.target_every
         given["recurrent"] = "gru" if self.recurrent else None
-        given["sequence_length"] = self.row_length()
+        given["sequence_length"] = self.row()[1]
         return given
+
+
+@dataclasses.dataclass(kw_only=True)
+class DeterministicOptions(OffPolicyOptions):
+    """What the recipes of MADDPG have in common."""
+
+    critic_lr: float = 1e-3
+    """Learning rate of the critics."""
+    others: Literal["buffer", "policy", "joint"] = "buffer"
+    """The other agents' actions in an actor's gradient: those in the buffer, their policies', or all at once."""
+    twin: bool = False
+    """Two critics for each agent, whose smaller value counts (TD3)."""
+    target_noise: float = 0.0
+    """Smooth the targets of continuous actions by noise of this size (TD3: 0.2)."""
+    actor_every: int = 1
+    """Updates of the critics to one of the actors and targets (TD3: 2)."""
+    action_reg: float = 0.0
+    """Weight of the mean square of what actions are made of, before tanh or softmax (official code: 0.001)."""
+    noise: Literal["gaussian", "ou", "none"] = "gaussian"
+    """Added to continuous actions to explore; discrete ones are drawn from the logits."""
+    noise_start: float = 0.5
+    """Size of the noise at first, in units of half the action range."""
+    noise_end: float = 0.1
+    """Size of the noise from --noise-frames on."""
+    noise_frames: int = 200_000
+    """Frames until then."""
+    share_params: bool = False
+    """One actor for all agents of a group, or one each."""
+    share_critic_params: bool = False
+    """One critic for all agents of a group, which is told whom it values, or one each."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`tdmarl.maddpg`."""
+        names = (
+            "critic_lr", "others", "twin", "target_noise", "actor_every", "action_reg", "noise", "noise_start",
+            "noise_end", "noise_frames", "share_critic_params",
+        )  # fmt: skip
+        return super().arguments() | {name: getattr(self, name) for name in names}
 
 
 def flag(name: str) -> str:

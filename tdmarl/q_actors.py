@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from tdmarl.actors import choices
 from tdmarl.keys import Group, team
 from tdmarl.nets import Sharing
-from tdmarl.recurrent import Recurrent, agent_net
+from tdmarl.recurrent import Direct, Recurrent, agent_net
 
 
 class Actions:
@@ -86,21 +86,6 @@ def value_of(values: Tensor, index: Tensor, available: Tensor | None = None) -> 
     """The value of action number ``index``, ``[*B, n, 1]``; 0 where no action is available at all."""
     value = values.gather(-1, index.unsqueeze(-1))
     return value if available is None else value.masked_fill(~available.any(-1, keepdim=True), 0)
-
-
-class Direct(TensorDictModule):
-    """A TensorDictModule of tensors in and tensors out, without the search for other kinds of outputs.
-
-    ``TensorDictModule`` asks of every output whether it could be made a tensordict, and on the way the file system for
-    a package that reads files: more time than a small network's forward pass takes.
-    """
-
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:  # type: ignore[override]
-        out = self.module(*(tensordict.get(key) for key in self.in_keys))
-        for key, value in zip(self.out_keys, out if isinstance(out, tuple) else (out,)):
-            tensordict.set(key, value)
-        return tensordict
 
 
 class ActionValues(nn.Module):

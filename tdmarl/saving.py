@@ -9,10 +9,23 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModuleBase
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torchrl.checkpoint import Checkpoint, StateDictCheckpointAdapter
 from torchrl.data import (
-    Binary, Bounded, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec, Unbounded,
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    MultiOneHot,
+    OneHot,
+    TensorSpec,
+    Unbounded,
 )
 from torchrl.envs import EnvBase
 
@@ -56,7 +69,13 @@ def load_policy(
 
 
 def _build(config: Mapping[str, Any], actor: Any, device: torch.device) -> TensorDictModuleBase:
-    name, arguments = config["algorithm"]["name"], dict(config["algorithm"]["arguments"])
+    specs = SpecsOnly(config["specs"], device)
+    return _policy(specs, config["algorithm"]["name"], dict(config["algorithm"]["arguments"]), actor)
+
+
+def _policy(specs: SpecsOnly, name: str, arguments: dict[str, Any], actor: Any) -> TensorDictModuleBase:
+    if name == "per_group" and not isinstance(actor, TensorDictModuleBase):
+        return _teams(specs, arguments, actor or {})
     known = [known for known in algorithms.__all__ if known.islower()]
     if name not in known:
         if isinstance(actor, TensorDictModuleBase):
@@ -75,8 +94,26 @@ def _build(config: Mapping[str, Any], actor: Any, device: torch.device) -> Tenso
             del arguments[key]
     if actor is not None:
         arguments["actor"] = actor
-    build = getattr(algorithms, name)
-    return build(SpecsOnly(config["specs"], device), **arguments).policy
+    built = getattr(algorithms, name)(specs, **arguments)
+    return built if isinstance(built, TensorDictModuleBase) else built.policy
+
+
+def _teams(
+    specs: SpecsOnly, teams: Mapping[str, Any], actors: Mapping[str, TensorDictModuleBase]
+) -> TensorDictModuleBase:
+    """The policies of a ``per_group``, one after the other; ``teams`` has each one's algorithm and arguments."""
+    policies = []
+    for name, entry in teams.items():
+        if "algorithm" in entry:
+            policies.append(_policy(specs, entry["algorithm"], dict(entry["arguments"]), actors.get(name)))
+        elif name in actors:
+            policies.append(actors[name])
+        else:
+            raise ValueError(
+                f"The policy of {name!r} was no algorithm's ({entry}): build one of the same shape and pass it as "
+                f"actor={{{name!r}: ...}}."
+            )
+    return TensorDictSequential(*policies)
 
 
 def _fill(policy: torch.nn.Module, state: Mapping[str, Any], source: str) -> None:

@@ -86,13 +86,14 @@ class TargetUpdate(nn.Module):
     """Lets a loss's targets follow its networks; what a :class:`~tdmarl.step.Step` calls ``after`` its parts.
 
     Either softly, ``target <- target + tau (trained - target)`` at every call, or by a copy at every ``every``-th
-    call exactly (TorchRL's ``HardUpdate`` copies at every ``every + 1``-th). The count of calls is a tensor on the
-    device and part of the state, so that the update can be captured and resumed.
+    call exactly (TorchRL's ``HardUpdate`` copies at every ``every + 1``-th). With both, softly at the first of every
+    ``every`` calls, which are those at which a :class:`~tdmarl.step.Part` with the same ``every`` is trained (TD3). The
+    count of calls is a tensor on the device and part of the state, so that the update can be captured and resumed.
 
     Args:
         loss (nn.Module): see :func:`target_pairs`; on its final device.
         tau (float, optional): of the soft update.
-        every (int, optional): of the hard one. Exactly one of the two is given.
+        every (int, optional): of the hard one; of a soft one 1 if not given.
 
     Example:
         >>> loss = nn.Module()
@@ -109,15 +110,14 @@ class TargetUpdate(nn.Module):
 
     def __init__(self, loss: nn.Module, *, tau: float | None = None, every: int | None = None) -> None:
         super().__init__()
-        if (tau is None) == (every is None):
-            raise ValueError(
-                f"Give tau (soft) or every (hard), one of the two; got tau={tau}, every={every}."
-            )
+        if tau is None and every is None:
+            raise ValueError("Give tau (soft) or every (hard), or both; got neither.")
         if tau is not None and not 0 < tau <= 1:
             raise ValueError(f"tau={tau} must be above 0 and at most 1.")
         if every is not None and every < 1:
             raise ValueError(f"every={every} must be at least 1.")
-        self.tau, self.every = tau, every
+        self.tau, self.every = 1.0 if tau is None else tau, every or 1
+        self.due = 0 if tau is None else 1 % self.every  # which of every so many calls
         pairs = list(target_pairs(loss))
         self._targets, self._trained = [t for t, _ in pairs], [s for _, s in pairs]
         self.count: Tensor
@@ -127,14 +127,21 @@ class TargetUpdate(nn.Module):
     def step(self) -> None:
         """After an update."""
         self.count += 1
-        if self.tau is not None:
-            torch._foreach_lerp_(self._targets, self._trained, self.tau)
+        if self.every == 1:
+            self._move(self.tau)
         elif self.count.device.type == "cpu":  # reading it waits for nothing
-            if int(self.count) % self.every == 0:  # type: ignore[operator]
-                torch._foreach_copy_(self._targets, self._trained)
+            if int(self.count) % self.every == self.due:
+                self._move(self.tau)
         else:  # lerp by 0 or 1 is exact
-            weight = (self.count % self.every == 0).to(self._targets[0].dtype)  # type: ignore[operator]
+            self._move((self.count % self.every == self.due).to(self._targets[0].dtype) * self.tau)
+
+    def _move(self, weight: float | Tensor) -> None:
+        if isinstance(weight, Tensor):
             torch._foreach_lerp_(self._targets, self._trained, [weight] * len(self._targets))
+        elif weight == 1:
+            torch._foreach_copy_(self._targets, self._trained)
+        else:
+            torch._foreach_lerp_(self._targets, self._trained, weight)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """The same as :meth:`step`."""

@@ -16,10 +16,10 @@ LAYERS = [
     {"nets"},
     {"recurrent"},
     {"actors"},
-    {"critics", "mixers", "q_actors"},
+    {"critics", "mixers", "q_actors", "action_critics", "deterministic_actors"},
     {"buffers", "losses", "prepare", "step", "targets", "trust"},
-    {"learners", "team_values", "replay"},
-    {"mixing"},
+    {"learners", "team_values", "team_actions", "replay"},
+    {"mixing", "maddpg_loss"},
     {"envs", "collect", "log", "stats", "plot", "video", "distributed"},
     {"evaluate"},
     {"options"},
@@ -56,6 +56,10 @@ NO_ENVIRONMENTS = {
     "buffers",
     "losses",
     "mixing",
+    "maddpg_loss",
+    "team_actions",
+    "action_critics",
+    "deterministic_actors",
     "replay",
     "targets",
     "team_values",
@@ -118,8 +122,8 @@ def test_import_needs_only_torch_torchrl_and_tensordict():
 
 
 @pytest.mark.parametrize("name", [
-    "losses", "mixing", "prepare", "step", "trust", "learners", "critics", "replay", "buffers", "targets",
-    "team_values",
+    "losses", "mixing", "maddpg_loss", "team_actions", "prepare", "step", "trust", "learners", "critics", "replay",
+    "buffers", "targets", "team_values",
 ])  # fmt: skip
 def test_only_reduce_reduces(name):
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
@@ -150,9 +154,9 @@ def test_no_number_is_sent_to_the_device(name):
 def test_nobody_imports_recipes_and_recipes_stand_alone(path):
     for module in imports(path):
         top = module.split(".")[0]
-        assert top in ("tdmarl", "torch", "torchrl", "tensordict", "tyro") or top in sys.stdlib_module_names, (
-            f"{path} imports {module}"
-        )
+        assert (
+            top in ("tdmarl", "torch", "torchrl", "tensordict", "tyro") or top in sys.stdlib_module_names
+        ), f"{path} imports {module}"
     name = f"recipes.{path.stem}"
     assert all(name not in set(imports(p)) for p in [*FILES, *(ROOT / "tests").rglob("*.py")])
 

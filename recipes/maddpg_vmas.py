@@ -1,0 +1,71 @@
+"""MADDPG on a VMAS scenario: decentralized actors climb on critics that know what everybody sees and does.
+
+    python recipes/maddpg_vmas.py --scenario navigation
+    python recipes/maddpg_vmas.py --twin --target-noise 0.2 --actor-every 2     # MATD3
+    python recipes/maddpg_vmas.py --scope agent                                 # independent learners, IDDPG
+    python recipes/maddpg_vmas.py --resume runs/maddpg-navigation-0-... --total-frames 1000000
+    python -m tdmarl.plot runs/*
+
+The run's folder holds config.json, metrics.csv and checkpoints/; tdmarl.load_policy(folder) gives the policy
+back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tdmarl
+from tdmarl.options import DeterministicOptions
+from tdmarl.run import Run, launch
+
+
+@dataclass(kw_only=True)
+class MADDPGOptions(DeterministicOptions):
+    """MADDPG on a VMAS scenario: decentralized actors climb on critics that know what everybody sees and does."""
+
+    scope: Literal["team", "group", "agent"] = "team"
+    """What critics see: everybody's observations and actions, those of the agent's group, or the agent's own."""
+    continuous: bool = True
+    """Continuous actions, or the scenario's discrete ones."""
+
+
+def main(options: MADDPGOptions) -> None:
+    """Trains until the frames are used up; what is on the disk then is the run's folder."""
+    env = tdmarl.VmasEnv(
+        options.scenario,
+        num_envs=options.num_envs,
+        max_steps=options.max_steps,
+        continuous_actions=options.continuous,
+        device=options.pick_device(),
+        seed=options.seed,
+        **options.simulation(),
+        **options.task(),
+    )
+    arguments = options.arguments() | {
+        "group": tuple(env.group_map),  # several groups: each agent still has its own critic and reward
+        "scope": options.scope,
+    }
+    algo = tdmarl.maddpg(env, **arguments)
+    collector = tdmarl.Collector(
+        env,
+        algo.explore,
+        frames_per_batch=options.frames_per_batch,
+        total_frames=options.total_frames,
+        init_random_frames=options.init_random_frames,
+        seed=options.seed,
+    )
+    with Run(
+        options, algorithm="maddpg", arguments=arguments, env=env, policy=algo.policy, learner=algo.learner,
+        collector=collector,
+    ) as run:  # fmt: skip
+        for batch in collector:
+            metrics = algo.learner(batch)
+            returns = None
+            if run.evaluates():
+                returns = tdmarl.evaluate(env, algo.policy, episodes=options.eval_episodes, seed=options.seed)
+            run.log(batch, metrics, returns)
+
+
+if __name__ == "__main__":
+    launch(main, MADDPGOptions)
