@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import tempfile
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +24,19 @@ def package() -> Any:
     with contextlib.redirect_stderr(io.StringIO()):
         from gymnasium_robotics.envs.multiagent_mujoco import mujoco_multi
     return mujoco_multi
+
+
+@contextlib.contextmanager
+def alone(scenario: str) -> Iterator[None]:
+    """Lets one process at a time make a robot of segments: the package writes, reads and removes a file of one name."""
+    if not scenario.startswith("ManySegment"):
+        yield
+        return
+    import fcntl
+
+    with open(os.path.join(tempfile.gettempdir(), f"tdmarl-{os.getuid()}-segments.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def split(scenario: str, shipped: str, agents: int) -> dict[str, Any]:
@@ -68,9 +84,10 @@ class Robot:
         factorization: dict[str, Any] | None = None,
         infos: bool = True,
     ) -> None:
-        self.package = package().MultiAgentMujocoEnv(
-            scenario, partition, agent_obsk, agent_factorization=factorization, **options
-        )
+        with alone(scenario):
+            self.package = package().MultiAgentMujocoEnv(
+                scenario, partition, agent_obsk, agent_factorization=factorization, **options
+            )
         self.single, self.infos = self.package.single_agent_env, infos
         self.possible_agents = list(self.package.possible_agents)
         self.agents = self.possible_agents

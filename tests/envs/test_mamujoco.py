@@ -77,6 +77,13 @@ def test_is_the_package_over_workers(workers):
     env.close()
 
 
+def test_robots_of_segments_are_made_in_several_processes_at_once():
+    """Each makes a file of one name in the package's folder, reads and removes it."""
+    env = tdmarl.mamujoco("ManySegmentAnt", "2x1", num_envs=16, num_workers=4)
+    assert len(env.group_map) == 2 and env.reset()["state"].shape[0] == 16
+    env.close()
+
+
 def test_seventeen_agents_move_one_joint_each():
     env = tdmarl.mamujoco("Humanoid", "17x1", num_workers=0, infos=False)
     names = [name for group in env.group_map.values() for name in group]
