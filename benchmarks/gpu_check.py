@@ -24,7 +24,7 @@ import tdmarl  # noqa: E402
 
 SCENARIOS = ("navigation", "balance", "transport", "sampling", "simple_tag")
 Optim = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
-KINDS = ("mappo", "mappo, recurrent", "happo", "happo, recurrent", "hatrpo", "qmix", "qmix, recurrent")
+KINDS = ("mappo", "mappo, recurrent", "happo", "happo, recurrent", "hatrpo", "qmix", "qmix, recurrent", "maddpg")
 TOLERANCE = 2e-3  # contact forces are hundreds of times larger than what they move
 
 
@@ -71,6 +71,8 @@ def build(kind: str, env: tdmarl.VmasEnv, frames: int, optim: Optim | None = Non
         return tdmarl.qmix(
             env, num_updates=1, minibatch_size=frames, buffer_size=frames, optim=optim, tau=0.01, **more
         )
+    if kind == "maddpg":
+        return tdmarl.maddpg(env, num_updates=1, minibatch_size=frames, buffer_size=frames, optim=optim)
     more = {"recurrent": "gru", "chunk_length": 5} if "recurrent" in kind else {}
     rows = frames // 5 if more else frames
     if kind.startswith("ha"):
@@ -109,7 +111,7 @@ def learner(kind: str, device: str, num_envs: int = 64, steps: int = 20) -> dict
         other.load_state_dict(mine.state_dict())
     collector = tdmarl.Collector(envs[0], algos[0].explore, frames_per_batch=frames, total_frames=frames)
     batch = next(iter(collector))
-    if kind.startswith("qmix"):
+    if kind.startswith("qmix") or kind == "maddpg":
         algos[0].learner.buffer.extend(algos[0].learner.prepare(batch))
         rows = algos[0].learner.buffer.sample()
         metrics, metrics_twin = algos[0].learner.step(rows), algos[1].learner.step(rows.to(device))

@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("tdmarl", "benchmarl", "torchrl")
 BENCHMARL = ("benchmarl==1.5.2", "vmas==1.5.2")
+BENCHMARL_VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tdmarl" / "benchmarl-1.5.2"
 PHASES = ("collection", "update", "total")
 CPU_PHASES = tuple(f"{phase}_cpu" for phase in PHASES)  # in processor seconds, all threads added up
 # BenchMARL's task files; a scenario that is not here runs with VMAS's own defaults.
@@ -377,7 +378,6 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are the committed measurement."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -404,8 +404,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--episodes", type=int, default=256, help="whole episodes of each evaluation")
     add("--eval-every", type=int, default=5, help="rounds between evaluations; first and last always are")
     add("--timeout", type=float, default=900.0, help="seconds a contender may take to answer")
-    folder = cache / "tdmarl" / "benchmarl-1.5.2"
-    add("--benchmarl-venv", type=Path, default=folder, help="its virtual environment, made when not there")
+    add("--benchmarl-venv", type=Path, default=BENCHMARL_VENV, help="its virtual environment, made when not there")
     add("--wheels", type=Path, help="folder of wheels to make that environment from, without a network")
     add("--output", type=Path, default=HERE / "results" / "train.json", help="results file")
     args = parser.parse_args(arguments)

@@ -32,12 +32,22 @@ class TagOptions(DeterministicOptions):
 
     scenario: str = "simple_tag"
     """Name of the VMAS scenario, with groups adversary and agent."""
-    scenario_args: str = '{"shape_adversary_rew": true}'
-    """The scenario's own arguments as JSON."""
     gamma: float = 0.95
     """Discount of rewards."""
     cross_play_episodes: int = 256
     """Episodes of each pairing at the end; 0 leaves the table out."""
+
+    def task(self) -> dict[str, Any]:
+        """The scenario's arguments: adversaries are also drawn to the runners, over which --scenario-args go."""
+        return {"shape_adversary_rew": True} | super().task()
+
+    def check(self) -> None:
+        """Raises ValueError for options that cannot be meant."""
+        super().check()
+        if self.cross_play_episodes < 0 or self.task().get("shape_agent_rew"):
+            raise ValueError(
+                "--cross-play-episodes counts touches by the runners' reward: not negative, not shaped"
+            )
 
 
 def cross_play(env: tdmarl.VmasEnv, past: dict[str, Any], episodes: int, seed: int) -> list[list[Any]]:
@@ -55,7 +65,11 @@ def cross_play(env: tdmarl.VmasEnv, past: dict[str, Any], episodes: int, seed: i
 
 def main(options: TagOptions) -> None:
     """Trains, then plays; what is on the disk then is the run's folder."""
-    common: dict[str, Any] = {"max_steps": options.max_steps, "device": options.pick_device(), "seed": options.seed}
+    common: dict[str, Any] = {
+        "max_steps": options.max_steps,
+        "device": options.pick_device(),
+        "seed": options.seed,
+    }
     env = tdmarl.VmasEnv(
         options.scenario, num_envs=options.num_envs, **common, **options.simulation(), **options.task()
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.envs import EnvBase
 
-from tdmarl.critics import JointAction, JointInput, check_scope, width_of
+from tdmarl.critics import JointAction, JointInput, check_scope
 from tdmarl.keys import Group, Team, team
 from tdmarl.nets import AgentMLP, Sharing
+from tdmarl.recurrent import present
 
 
 class ActionCritic(TensorDictModuleBase):
@@ -28,33 +29,38 @@ class ActionCritic(TensorDictModuleBase):
         members (Team): the team.
         member (Group): the group.
         scope (str): see :func:`action_critic`.
-        nets (sequence of nn.Module): ``[*B, n, f] -> [*B, n, 1]`` each; ``[*B, 1, f]`` where all agents see the same.
+        make (callable): from ``f``, the number of entries that an agent's network sees, to networks ``[*B, n, f] ->
+            [*B, n, 1]``; ``[*B, 1, f]`` where all agents see the same.
 
     Attributes:
         own_key (tuple): ``(group, "own_action")``, ``[*B, n, a]``; discrete actions one-hot or relaxed.
     """
 
-    def __init__(self, members: Team, member: Group, scope: str, nets: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, members: Team, member: Group, scope: str, make: Callable[[int], Sequence[nn.Module]]
+    ) -> None:
         super().__init__()
         seen = [member] if scope in ("agent", "group") else list(members)
         self.group, self.scope, self.own_key = member.name, scope, member.key("own_action")
         self.observed = JointInput(members, member, scope, False)
         self.actions = JointAction(seen, member)
-        self.nets = nn.ModuleList(nets)
+        acted = self.actions.width if scope == "agent" else self.actions.features
+        self.nets = nn.ModuleList(make(self.observed.features + acted))
         self.in_keys: list[NestedKey] = [*self.observed.in_keys, *self.actions.in_keys]
         self.out_keys = [member.key("state_action_value")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        x = self.observed(*(tensordict.get(key) for key in self.observed.in_keys))  # [*B, 1 or n, o]
-        joint = self.actions(
-            *(tensordict.get(key) for key in self.actions.in_keys)
-        )  # [*B, all action entries]
+        entries, n = present(tensordict, self.in_keys), len(self.observed.in_keys)
+        x, joint = (
+            self.observed(*entries[:n]),
+            self.actions(*entries[n:]),
+        )  # [*B, 1 or n, o], [*B, all action entries]
         own = tensordict.get(self.own_key, None)
         if self.scope == "agent":
             u = joint.unflatten(-1, (-1, self.actions.width)) if own is None else own
         else:
             u = joint.unsqueeze(-2) if own is None else self.actions.replaced(joint, own)
-        seen = torch.cat([x.expand(*u.shape[:-1], -1), u], -1)  # [*B, 1 or n, f]
+        seen = torch.cat([x.expand(*u.shape[:-1], -1), u.to(x.dtype)], -1)  # [*B, 1 or n, f]
         return tensordict.set(self.out_keys[0], torch.cat([net(seen) for net in self.nets], -1))
 
 
@@ -100,16 +106,15 @@ def action_critic(
     check_scope(members, scope, "action_critic")
 
     def build(member: Group) -> ActionCritic:
-        seen = [member] if scope in ("agent", "group") else list(members)
-        observed = JointInput(members, member, scope, False).features
-        acted = width_of(member) * (1 if scope == "agent" else member.n_agents)
-        acted += sum(width_of(g) * g.n_agents for g in seen if g.name != member.name)
         options: dict[str, Any] = {
             "hidden": hidden, "activation": activation, "layer_norm": layer_norm, "share": share_params,
             "agent_id": agent_id and share_params is not False and member.n_agents > 1, "device": member.device,
         }  # fmt: skip
-        nets = [AgentMLP(member.n_agents, observed + acted, 1, **options) for _ in range(2 if twin else 1)]
-        return ActionCritic(members, member, scope, nets)
+
+        def make(features: int) -> list[nn.Module]:
+            return [AgentMLP(member.n_agents, features, 1, **options) for _ in range(2 if twin else 1)]
+
+        return ActionCritic(members, member, scope, make)
 
     modules = [build(member) for member in members]
     return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)

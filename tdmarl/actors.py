@@ -143,6 +143,11 @@ class TanhNormal(_Box):
         return self._squash(self.loc)
 
 
+def one_hot(index: Tensor, size: int) -> Tensor:
+    """Which of ``size`` entries, as booleans ``[..., size]``; torch's own function reads the indices on the host."""
+    return index.unsqueeze(-1) == torch.arange(size, device=index.device)
+
+
 class MaskedCategorical(Distribution):
     """One discrete choice, or several at once, over the available actions only.
 
@@ -182,7 +187,7 @@ class MaskedCategorical(Distribution):
 
     def _joined(self, choices: list[Tensor]) -> Tensor:
         if self.one_hot:
-            return F.one_hot(choices[0], self.nvec[0])
+            return one_hot(choices[0], self.nvec[0]).long()
         return torch.stack(choices, -1) if len(choices) > 1 else choices[0]
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # type: ignore[override]

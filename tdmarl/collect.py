@@ -226,6 +226,12 @@ class Collector(BaseCollector):
                 f"frames_per_batch={frames_per_batch} is no multiple of the {n_envs} environments, which all step "
                 f"together: use {below} or {below + n_envs}."
             )
+        probable = [key for key in getattr(policy, "out_keys", ()) if _tuple(key)[-1] == "action_log_prob"]
+        if init_random_frames > 0 and probable:
+            raise ValueError(
+                f"init_random_frames={init_random_frames}: random actions would be stored with the probabilities "
+                f"{probable} of other ones, from which on-policy learning goes wrong. It is for off-policy learning."
+            )
         if "done" not in self.env.full_done_spec.keys():
             raise ValueError(
                 f"{type(self.env).__name__} has no root 'done' in its done spec "

@@ -15,7 +15,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from tdmarl import reduce
-from tdmarl.actors import choices
+from tdmarl.actors import choices, one_hot
 from tdmarl.keys import Group, Team, entry, team
 from tdmarl.nets import Sharing
 from tdmarl.recurrent import agent_net, as_module
@@ -92,10 +92,12 @@ def encoded(action: Tensor, nvec: Sequence[int] | None) -> Tensor:
             ``[*B, n, len(nvec)]`` for several choices.
         nvec (sequence of int, optional): how many actions each choice has; None if they are vectors already.
     """
-    if nvec is None or action.is_floating_point():
+    if action.is_floating_point():
+        return action
+    if nvec is None:
         return action.float()
     parts = action.unbind(-1) if len(nvec) > 1 else (action,)
-    return torch.cat([F.one_hot(p, k) for p, k in zip(parts, nvec)], -1).float()
+    return torch.cat([one_hot(p, k) for p, k in zip(parts, nvec)], -1).float()
 
 
 def width_of(group: Group) -> int:
@@ -145,7 +147,7 @@ class JointInput(nn.Module):
             x = torch.cat([o.flatten(-2) for o in observed], -1).unsqueeze(-2)  # [*B, 1, sum of n * o]
         if self.actions is None:
             return x
-        rest = self.actions.others(self.actions(*actions))  # [*B, n, all action entries]
+        rest = self.actions.others(self.actions(*actions)).to(x.dtype)  # [*B, n, all action entries]
         return torch.cat([x.expand(*rest.shape[:-1], -1), rest], -1)
 
 

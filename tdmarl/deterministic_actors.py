@@ -10,12 +10,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from tdmarl.actors import MaskedCategorical, choices
+from tdmarl.actors import MaskedCategorical, choices, one_hot
 from tdmarl.keys import Group, team
 from tdmarl.nets import AgentMLP, Sharing
 from tdmarl.recurrent import Direct, after
@@ -30,6 +29,11 @@ class Box(nn.Module):
 
     def __init__(self, spec: Bounded) -> None:
         super().__init__()
+        if not (spec.space.low.isfinite() & spec.space.high.isfinite()).all():
+            raise ValueError(
+                f"Actions of a box without bounds ({spec.space.low.min():g} to {spec.space.high.max():g}) cannot be "
+                "squashed into it: bound the action spec, or give an actor of your own."
+            )
         self.low: Tensor
         self.high: Tensor
         self.register_buffer("low", spec.space.low.clone(), persistent=False)
@@ -126,7 +130,7 @@ def relaxed(
             noisy = noisy.masked_fill(~available, float("-inf"))
         soft = (noisy / temperature).softmax(-1)
         if hard:
-            taken = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+            taken = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
             soft = taken + (soft - soft.detach())
         out.append(soft)
     return out[0] if len(out) == 1 else torch.cat(out, -1)
@@ -164,6 +168,11 @@ def deterministic_actor(
     def build(member: Group) -> list[TensorDictModuleBase]:
         spec = member.action_spec
         box = isinstance(spec, Bounded)
+        if isinstance(spec, Unbounded):
+            raise ValueError(
+                f"{member.key('action')} is {type(spec).__name__}{tuple(spec.shape)}: a deterministic actor squashes "
+                "its actions into a box and needs a Bounded spec [n_agents, action_size], or a discrete one."
+            )
         size = spec.shape[-1] if isinstance(spec, Bounded) else sum(choices(spec, member.key("action"))[0])
         net = AgentMLP(
             member.n_agents, member.observation_size, size, hidden=hidden, share=share_params,

@@ -18,6 +18,8 @@ entry                                  shape               meaning
 ``(group, "value_target")``            ``[*B, n, 1]``      lambda-return in reward units
 ``(group, "action_value")``            ``[*B, n, K]``      value of each discrete action
 ``(group, "chosen_action_value")``     ``[*B, n, 1]``      of the action chosen; of the team at the root, ``[*B, 1]``
+``(group, "state_action_value")``      ``[*B, n, 1]``      of the actions of all agents, to each of the group
+``(group, "own_action")``              ``[*B, n, a]``      in place of each agent's stored action, for a critic
 ``(group, "last_action")``             ``[*B, n, K]``      of the step before, one-hot; zeros where there is none
 ``("next", group, "reward")``          ``[*B, n, 1]``      reward of the step; the team's at the root, ``[*B, 1]``
 ``("next", group, "done")``            ``[*B, n, 1]``      the agent's episode is over; also its kinds

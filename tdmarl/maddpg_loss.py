@@ -67,9 +67,10 @@ class MADDPGLoss(TeamActions):
 
     Reads the networks' inputs at root and ``next``, ``(group, "action")``, and of ``next`` ``(group, "reward")``
     ``[*B, n, 1]``, ``done`` and ``terminated``. Reads where it is there: ``(group, "mask")`` (dead agents have no
-    loss), ``(group, "action_mask")``, ``"priority_weight"``. Writes ``loss_value``, ``loss_actor`` and the metrics
-    ``q_taken``, ``q_target``, ``td_error_mean``, ``q_policy``, with ``_<group>`` appended where there are several
-    groups; into the tensordict it is given ``"td_error"`` ``[*B, 1]``, of the worst agent, for prioritized replay.
+    loss, and who is dead in ``next`` no future), ``(group, "action_mask")``, ``"priority_weight"``. Writes
+    ``loss_value``, ``loss_actor`` and the metrics ``q_taken``, ``q_target``, ``td_error_mean``, ``q_policy``, with
+    ``_<group>`` appended where there are several groups; into the tensordict it is given ``"td_error"`` ``[*B, 1]``,
+    of the worst agent, for prioritized replay.
 
     Calling the loss computes all of it on one state of the networks, and the two losses' gradients do not mix.
     :meth:`parts` gives them apart, for a :class:`~tdmarl.step.Step` that trains critics first, as MADDPG does.
@@ -149,6 +150,11 @@ class MADDPGLoss(TeamActions):
 
     def value_loss(self, tensordict: TensorDictBase) -> TensorDict:
         """The critics' loss and metrics; writes the errors into the tensordict."""
+        if self.n_steps > 1 and tensordict.ndim < 2 + reduce.has_seed_axis():
+            raise ValueError(
+                f"n_steps={self.n_steps} adds up rewards along rows [M, L]; the minibatch is {list(tensordict.shape)}: "
+                f"store sequences, tdmarl.Replay(..., sequence_length={self.n_steps})."
+            )
         critic = self.network("value_network")
         values = critic(self._seen(critic, tensordict))
         with torch.no_grad():
@@ -217,15 +223,18 @@ class MADDPGLoss(TeamActions):
         return {g: self._returns(tensordict, g, values.get((g, "state_action_value"))) for g in self.groups}
 
     def _returns(self, tensordict: TensorDictBase, group: str, following: Tensor) -> Tensor:
-        following = following.amin(-1, keepdim=True)
-        reward, done, terminated = (
-            per_agent(tensordict, group, name, following) for name in ("reward", "done", "terminated")
+        following, keys = following.amin(-1, keepdim=True), self.tensor_keys
+        reward, done, gone = (
+            per_agent(tensordict, group, name, following) for name in ("reward", keys.done, keys.terminated)
         )
-        done = done | tensordict.get(("next", self.tensor_keys.done)).unsqueeze(-2)
+        done = done | tensordict.get(("next", keys.done)).unsqueeze(-2)
+        alive = tensordict.get(("next", group, "mask"), None)
+        if alive is not None:  # who died in this step has no future, whether or not its episode goes on
+            gone = gone | ~alive.unsqueeze(-1)
         if self.reward_norm is not None:
             reward = self.reward_norm.normalize(reward)  # type: ignore[operator]
         return td_returns(
-            reward, following.masked_fill(terminated, 0), done | terminated, gamma=self.gamma, n_steps=self.n_steps,
+            reward, following.masked_fill(gone, 0), done | gone, gamma=self.gamma, n_steps=self.n_steps,
             time_dim=tensordict.ndim - 1,
         )  # fmt: skip
 

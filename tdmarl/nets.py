@@ -144,9 +144,9 @@ class AgentLinear(nn.Module):
             # agents first in memory from layer to layer: what is elementwise in between then runs without strides
             x = x.movedim(-2, 0)  # [n or 1, *B, in]
             batch = x.shape[1:-1]
-            x = x.reshape(len(x), -1, x.shape[-1]).expand(len(weight), -1, -1)
+            x = x.reshape(len(x), batch.numel(), x.shape[-1]).expand(len(weight), -1, -1)
             y = torch.baddbmm(bias.unsqueeze(1), x, weight)
-            y = y.view(len(weight), *batch, -1).movedim(0, -2)
+            y = y.view(len(weight), *batch, weight.shape[-1]).movedim(0, -2)
         return y if self.agent is None else y + self.agent
 
 

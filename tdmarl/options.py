@@ -309,6 +309,12 @@ class DeterministicOptions(OffPolicyOptions):
     """Size of the noise from --noise-frames on."""
     noise_frames: int = 200_000
     """Frames until then."""
+    epsilon_start: float = 0.0
+    """Probability of a random discrete action at first."""
+    epsilon_end: float = 0.0
+    """Probability of a random discrete action from --epsilon-frames on."""
+    epsilon_frames: int = 200_000
+    """Frames until then."""
     share_params: bool = False
     """One actor for all agents of a group, or one each."""
     share_critic_params: bool = False
@@ -318,7 +324,7 @@ class DeterministicOptions(OffPolicyOptions):
         """The keyword arguments of :func:`tdmarl.maddpg`."""
         names = (
             "critic_lr", "others", "twin", "target_noise", "actor_every", "action_reg", "noise", "noise_start",
-            "noise_end", "noise_frames", "share_critic_params",
+            "noise_end", "noise_frames", "epsilon_start", "epsilon_end", "epsilon_frames", "share_critic_params",
         )  # fmt: skip
         return super().arguments() | {name: getattr(self, name) for name in names}
 

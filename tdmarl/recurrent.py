@@ -228,6 +228,20 @@ class Recurrent(TensorDictModule):
         return [torch.cat(pair, time) for pair in zip(first, then)]
 
 
+def present(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> list[Tensor]:
+    """A module's entries.
+
+    Raises:
+        KeyError: naming the one that is not there, and what is.
+    """
+    found = [tensordict.get(key, None) for key in keys]
+    for key, value in zip(keys, found):
+        if value is None:
+            here = sorted(map(str, tensordict.keys(True, True)))
+            raise KeyError(f"The module reads {key}, which is not in the tensordict. There is {here}.")
+    return found  # type: ignore[return-value]
+
+
 class Direct(TensorDictModule):
     """A TensorDictModule of tensors in and tensors out, without the search for other kinds of outputs.
 
@@ -237,7 +251,7 @@ class Direct(TensorDictModule):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:  # type: ignore[override]
-        out = self.module(*(tensordict.get(key) for key in self.in_keys))
+        out = self.module(*present(tensordict, self.in_keys))
         for key, value in zip(self.out_keys, out if isinstance(out, tuple) else (out,)):
             tensordict.set(key, value)
         return tensordict

@@ -74,8 +74,8 @@ def _build(config: Mapping[str, Any], actor: Any, device: torch.device) -> Tenso
 
 
 def _policy(specs: SpecsOnly, name: str, arguments: dict[str, Any], actor: Any) -> TensorDictModuleBase:
-    if name == "per_group" and not isinstance(actor, TensorDictModuleBase):
-        return _teams(specs, arguments, actor or {})
+    if name == "per_group":
+        return actor if isinstance(actor, TensorDictModuleBase) else _teams(specs, arguments, actor or {})
     known = [known for known in algorithms.__all__ if known.islower()]
     if name not in known:
         if isinstance(actor, TensorDictModuleBase):
@@ -104,14 +104,14 @@ def _teams(
     """The policies of a ``per_group``, one after the other; ``teams`` has each one's algorithm and arguments."""
     policies = []
     for name, entry in teams.items():
-        if "algorithm" in entry:
+        if isinstance(entry, Mapping) and "algorithm" in entry:
             policies.append(_policy(specs, entry["algorithm"], dict(entry["arguments"]), actors.get(name)))
         elif name in actors:
             policies.append(actors[name])
         else:
             raise ValueError(
-                f"The policy of {name!r} was no algorithm's ({entry}): build one of the same shape and pass it as "
-                f"actor={{{name!r}: ...}}."
+                f"How the policy of {name!r} is built was not written down ({entry}): build one of the same shape and "
+                f"pass it as actor={{{name!r}: ...}}."
             )
     return TensorDictSequential(*policies)
 

@@ -175,7 +175,7 @@ class Step:
             )
         total = torch.stack([loss.sum() for loss in losses]).sum()
         for p, grad in zip(params, torch.autograd.grad(total, params, allow_unused=True)):
-            p.grad = grad
+            p.grad = _laid_out_as(p, grad)
         reduce.sum_gradients(params)
         norm = reduce.clip_gradients(params, part.max_grad_norm)
         if part.stop_above is not None:
@@ -233,6 +233,17 @@ class Step:
             )  # it would keep references to the tensors
         if isinstance(self.after, nn.Module):
             self.after.load_state_dict(state["after"])
+
+
+def _laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The gradient in its parameter's memory layout, which fused optimizers take for granted.
+
+    ``backward`` sees to it; what ``torch.autograd.grad`` returns may be transposed, and fused Adam would then update
+    entry by entry of memory, the wrong ones.
+    """
+    if grad is None or grad.stride() == p.stride():
+        return grad
+    return torch.empty_like(p).copy_(grad)
 
 
 class Annealing:

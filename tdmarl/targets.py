@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +57,13 @@ class DelayedLoss(LossModule):
         for key, network in networks.items():
             setattr(self, f"{key}_params", TensorDictParams(TensorDict.from_module(network), no_convert=True))
         self._has_update_associated[name] = True  # TorchRL would warn that it knows of no updater
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> DelayedLoss:  # type: ignore[override]
+        super()._apply(fn)
+        for key in [name.removesuffix("_params") for name in self._modules if name.endswith("_params")]:
+            network = self.__dict__[key]._apply(fn)  # its buffers, which are not among the parameters
+            setattr(self, f"{key}_params", TensorDictParams(TensorDict.from_module(network), no_convert=True))
+        return self
 
     def network(self, name: str) -> TensorDictModuleBase:
         """A network; the trained one in place of a target that there is not."""
@@ -118,6 +125,7 @@ class TargetUpdate(nn.Module):
             raise ValueError(f"every={every} must be at least 1.")
         self.tau, self.every = 1.0 if tau is None else tau, every or 1
         self.due = 0 if tau is None else 1 % self.every  # which of every so many calls
+        self.__dict__["_loss"] = loss  # not a part of the state
         pairs = list(target_pairs(loss))
         self._targets, self._trained = [t for t, _ in pairs], [s for _, s in pairs]
         self.count: Tensor
@@ -142,6 +150,14 @@ class TargetUpdate(nn.Module):
             torch._foreach_copy_(self._targets, self._trained)
         else:
             torch._foreach_lerp_(self._targets, self._trained, weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TargetUpdate:
+        """Of the loss's copy, whose tensors are others."""
+        every = None if self.tau == 1 and self.due == 0 and self.every == 1 else self.every
+        twin = TargetUpdate(copy.deepcopy(self.__dict__["_loss"], memo), tau=self.tau, every=every)
+        twin.due, twin.count = self.due, self.count.clone()
+        memo[id(self)] = twin
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """The same as :meth:`step`."""

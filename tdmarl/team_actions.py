@@ -56,10 +56,21 @@ class TeamActions(DelayedLoss):
         self.hard, self.temperature = relaxation != "soft", temperature
         self.discrete = {g: (g, "logits") in actor.out_keys for g in self.groups}
         self.choices, self.boxes = _choices(actor), _boxes(actor)
+        for leaf in _leaves(critic):
+            if isinstance(leaf, ActionCritic):
+                self._check_kinds(leaf, actor)
         self.own("actor_network", actor, delay_actor)
         self.own("value_network", critic, delay_value)
         self._freeze()
         self._read_keys(actor, critic)
+
+    def _check_kinds(self, critic: ActionCritic, actor: TensorDictModuleBase) -> None:
+        for key, nvec in zip(critic.actions.in_keys, critic.actions.encoders):
+            if nvec is not None and not self.discrete[key[0]]:
+                raise KeyError(
+                    f"{key} is discrete, and the actor writes {actor.out_keys}: it must write ({key[0]!r}, 'logits'), "
+                    "through which the gradient goes, as tdmarl.deterministic_actor does."
+                )
 
     def _freeze(self) -> None:
         """The critic on the same memory without gradients of its own: what the actors ascend on."""
@@ -67,10 +78,11 @@ class TeamActions(DelayedLoss):
         for mine, whole in zip(twin.modules(), self.network("value_network").modules()):
             for name, parameter in whole.named_parameters(recurse=False):
                 setattr(mine, name, nn.Parameter(parameter.data, requires_grad=False))
+            mine._buffers.update(whole._buffers)
         self.__dict__["_frozen"] = twin
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeamActions:
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> TeamActions:  # type: ignore[override]
+        super()._apply(fn)
         self._freeze()
         return self
 
@@ -87,7 +99,8 @@ class TeamActions(DelayedLoss):
         after = [("next", *_tuple(key)) for key in seen]
         rewards = [("next", g, "reward") for g in groups]
         self.in_keys = [*seen, *actions, *after, *rewards, ("next", keys.done), ("next", keys.terminated)]
-        optional = [(g, "mask") for g in groups] + masks + [("next", *key) for key in masks]
+        masks += [(g, "mask") for g in groups]
+        optional = [*masks, *(("next", *key) for key in masks)]
         optional += [("next", g, name) for g in groups for name in ("done", "terminated")] + [
             keys.priority_weight
         ]
@@ -137,13 +150,16 @@ class TeamActions(DelayedLoss):
             return {g: out.get((g, "state_action_value"))[..., :1] for g in self.groups}
         found = {}
         for g, action in own.items():  # any module: once for each agent
-            n = action.shape[given.ndim]
-            mine = torch.eye(n, dtype=torch.bool, device=action.device)
-            mine = mine.reshape(n, *[1] * given.ndim, n, *[1] * (action.ndim - given.ndim - 1))
-            each = given.expand(n, *given.shape).copy()  # [n, *B]
-            each.set((g, "action"), torch.where(mine, action, given.get((g, "action"))))
-            value = critic(each).get((g, "state_action_value"))[..., :1]  # [n, *B, n, 1]
-            found[g] = value.diagonal(dim1=0, dim2=value.ndim - 2).movedim(-1, -2)
+            stored, agents = (
+                given.get((g, "action")),
+                torch.arange(action.shape[given.ndim], device=action.device),
+            )
+            values: list[Tensor] = []
+            for i in agents:
+                mine = (agents == i).reshape(-1, *[1] * (action.ndim - given.ndim - 1))
+                each = given.copy().set((g, "action"), torch.where(mine, action, stored))
+                values.append(critic(each).get((g, "state_action_value"))[..., len(values), :1])
+            found[g] = torch.stack(values, -2)
         return found
 
     def _masks(self) -> list[NestedKey]:

@@ -86,6 +86,82 @@ def test_targets_and_the_critics_loss_are_those_computed_by_hand():
     torch.testing.assert_close(batch["td_error"], torch.tensor([[2.1], [2.0], [4.7]]))
 
 
+def targets_of(loss, batch):
+    """What each agent's critic regresses on, ``[3, 2]``: from the errors, with the trained critic's values added."""
+    values = loss.network("value_network")(batch.copy())[G, "state_action_value"].squeeze(-1)
+    found = []
+    for i in range(2):
+        alone = torch.zeros(3, 2, dtype=torch.bool)
+        alone[:, i] = True
+        for row in range(3):
+            one = batch[row : row + 1].clone()
+            one[G, "mask"] = alone[row : row + 1]
+            found.append(loss.value_loss(one)["q_target"].item())
+    assert values.shape == (3, 2)
+    return torch.tensor(found).reshape(2, 3).T
+
+
+def test_who_is_gone_has_no_future():
+    loss, batch = by_hand()
+    torch.testing.assert_close(targets_of(loss, batch), torch.tensor([[1.9, 2.9], [3.0, 4.0], [7.7, 3.3]]))
+    # agent 1 terminates alone in the first row; agent 0 is dead after the third without having terminated
+    batch["next", G, "terminated"] = torch.tensor([[False, True], [True, True], [False, False]]).unsqueeze(-1)
+    batch["next", G, "mask"] = torch.tensor([[True, False], [True, True], [False, True]])
+    torch.testing.assert_close(targets_of(loss, batch), torch.tensor([[1.9, 2.0], [3.0, 4.0], [5.0, 3.3]]))
+
+
+def test_weights_huber_loss_and_standardized_rewards_are_those_computed_by_hand():
+    squares = [[2.1**2, 2.1**2], [2.0**2, 2.0**2], [4.7**2, 1.3**2]]
+    loss, batch = by_hand()
+    batch["priority_weight"] = torch.tensor([1.0, 0.5, 0.25])
+    expected = sum(w * sum(row) for w, row in zip([1.0, 0.5, 0.25], squares)) / 6
+    assert math.isclose(loss.value_loss(batch)["loss_value"].item(), expected, rel_tol=1e-5)
+    loss, batch = by_hand(huber_delta=2.0)  # e^2 / 2 up to 2, then 2 (|e| - 1)
+    expected = (2 * (2.1 - 1) * 2 + 2.0 * 2 + 2 * (4.7 - 1) + 1.3**2 / 2) / 6
+    assert math.isclose(loss.value_loss(batch)["loss_value"].item(), expected, rel_tol=1e-5)
+
+    class Halved(nn.Module):
+        def normalize(self, reward):
+            return reward / 2
+
+    loss, batch = by_hand(reward_norm=Halved())
+    mean = (0.5 + 0.9 + 1.5 + 2.5 + 2.7 + 1.0 + 0.9 + 2.0 + 3.0 - 2.7) / 6
+    assert math.isclose(loss.value_loss(batch)["q_target"].item(), mean, rel_tol=1e-5)
+
+
+def test_rewards_are_added_up_along_rows_and_not_beyond_an_end():
+    loss, batch = by_hand(n_steps=2)
+    with pytest.raises(ValueError, match="n_steps=2"):
+        loss.value_loss(batch)
+    row = batch.unsqueeze(0)  # one row of three steps; the second ends by termination, the third is cut off
+    found = loss.value_loss(row)["q_target"].item()
+    # agent 0: 1 + .9 * 3, then 3, then 7.7; agent 1: 2 + .9 * 4, then 4, then 3.3
+    assert math.isclose(found, (3.7 + 3 + 7.7 + 5.6 + 4 + 3.3) / 6, rel_tol=1e-5)
+
+
+def test_regularization_is_the_mean_square_of_what_actions_are_made_of():
+    env = ToyEnv()
+    plain, batch = nets(env), a_batch(env)
+    loss = nets(env, action_reg=0.3)
+    made_of = loss.network("actor_network")(batch.copy())[G, "loc"]
+    expected = plain.actor_loss(batch)["loss_actor"] + 0.3 * made_of.square().mean()
+    torch.testing.assert_close(loss.actor_loss(batch)["loss_actor"], expected)
+
+
+def test_targets_obey_the_next_states_action_masks():
+    env = ToyEnv(choices=3)
+    loss, batch = nets(env), a_batch(env)
+    only = torch.zeros(len(batch), 3, 3, dtype=torch.bool)
+    only[..., 1] = True
+    batch["next", G, "action_mask"] = only
+    seen = []
+    loss.network("target_value_network").actions.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    loss.value_loss(batch)
+    assert torch.equal(seen[0], only.float())
+
+
 @pytest.mark.parametrize("others, by_agent", [
     # mu(o) = (.5, -1) o: .5, -2 | 1.5, -1 | 1, -2.  d/dk_0 of Q_0 = c_0 o_0 u_1, d/dk_1 of Q_1 = c_1 o_1 u_0
     ("buffer", [1 * 1 * 1.0 + 1 * 3 * 0.5 + 1 * 2 * 1.0, 2 * 2 * 1.0 + 2 * 1 * 2.0 + 2 * 2 * -1.0]),
@@ -95,8 +171,12 @@ def test_targets_and_the_critics_loss_are_those_computed_by_hand():
 ])  # fmt: skip
 def test_the_actors_gradient_is_that_computed_by_hand(others, by_agent):
     loss, batch = by_hand(others=others)
-    found = torch.autograd.grad(loss.actor_loss(batch)["loss_actor"], loss.network("actor_network").module.k)[0]
-    torch.testing.assert_close(found, -torch.tensor(by_agent).unsqueeze(-1) / 6)  # a mean over rows and agents
+    found = torch.autograd.grad(loss.actor_loss(batch)["loss_actor"], loss.network("actor_network").module.k)[
+        0
+    ]
+    torch.testing.assert_close(
+        found, -torch.tensor(by_agent).unsqueeze(-1) / 6
+    )  # a mean over rows and agents
 
 
 def nets(env, group=None, **options):
@@ -185,7 +265,9 @@ def test_one_agent_is_torchrls_ddpg_and_joint_is_it_for_several():
         ours = torch.autograd.grad(found["loss_actor"], list(loss.network("actor_network").parameters()))
         trained = [p for p in theirs.actor_network_params.values(True, True) if p.requires_grad]
         grads = torch.autograd.grad(expected["loss_actor"], trained)
-        assert sorted(g.norm().item() for g in ours) == pytest.approx(sorted(g.norm().item() for g in grads), rel=1e-4)
+        assert sorted(g.norm().item() for g in ours) == pytest.approx(
+            sorted(g.norm().item() for g in grads), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("choices", [0, 3])
@@ -195,7 +277,9 @@ def test_a_critic_of_ones_own_is_asked_once_for_each_agent(choices):
     known = loss.network("value_network")
 
     def any_module(observation, action):
-        given = TensorDict({G: {"observation": observation, "action": action}}, batch_size=observation.shape[:-2])
+        given = TensorDict(
+            {G: {"observation": observation, "action": action}}, batch_size=observation.shape[:-2]
+        )
         return known(given)[G, "state_action_value"]
 
     own = TensorDictModule(any_module, known.in_keys, known.out_keys)
@@ -216,7 +300,9 @@ def test_dead_agents_have_no_part():
     for name in ("loss_value", "loss_actor"):
         torch.testing.assert_close(loss(batch.copy())[name], loss(changed.copy())[name])
         params = [p for net in ("actor_network", "value_network") for p in loss.network(net).parameters()]
-        for a, b in zip(*(torch.autograd.grad(loss(x.copy())[name], params, allow_unused=True) for x in (batch, changed))):
+        for a, b in zip(
+            *(torch.autograd.grad(loss(x.copy())[name], params, allow_unused=True) for x in (batch, changed))
+        ):
             assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -232,7 +318,10 @@ def test_of_two_critics_the_smaller_counts_and_both_learn():
     found = loss.value_loss(batch)
     torch.testing.assert_close(found["q_target"], expected)
     for net in critic.nets:
-        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(found["loss_value"], list(net.parameters()), retain_graph=True))
+        assert all(
+            g.abs().sum() > 0
+            for g in torch.autograd.grad(found["loss_value"], list(net.parameters()), retain_graph=True)
+        )
 
 
 def test_smoothed_targets_stay_in_the_box_and_differ():
@@ -259,7 +348,9 @@ def test_the_two_losses_do_not_mix():
     loss.actor_loss(batch)["loss_actor"].backward()
     assert all(p.grad is None for p in loss.network("value_network").parameters())
     actors = [p.grad for p in loss.network("actor_network").parameters()]
-    assert sum(g.sum() for g in together) == pytest.approx(float(sum(g.sum() for g in values + actors)), rel=1e-4)
+    assert sum(g.sum() for g in together) == pytest.approx(
+        float(sum(g.sum() for g in values + actors)), rel=1e-4
+    )
     assert all(not p.requires_grad for n, p in loss.target_actor_network_params.items(True, True))
 
 
@@ -269,19 +360,24 @@ def test_actors_climb_on_the_critic_of_the_moment():
     loss, batch = nets(env), a_batch(env)
 
     def follows(a_loss):
-        given = batch.to(next(a_loss.network("actor_network").parameters()).dtype)
+        dtype = next(a_loss.network("actor_network").parameters()).dtype
+        given = batch.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
         before = a_loss.actor_loss(given)["q_policy"].item()
         with torch.no_grad():
             a_loss.network("value_network").nets[0].layers[-1].bias.add_(7)
         return a_loss.actor_loss(given)["q_policy"].item() - before == pytest.approx(7, rel=1e-4)
 
     assert follows(loss)
+    frozen, critic = loss.__dict__["_frozen"], loss.network("value_network")
+    assert all(a is b for a, b in zip(frozen.buffers(), critic.buffers())) and list(critic.buffers())
     twin = copy.deepcopy(loss)
     assert follows(twin)
     assert loss.actor_loss(batch)["q_policy"] != twin.actor_loss(batch)["q_policy"]
     loss.load_state_dict(twin.state_dict())
     assert loss.actor_loss(batch)["q_policy"] == twin.actor_loss(batch)["q_policy"] and follows(loss)
-    step = Step([Part(twin.parts()[0], torch.optim.SGD(list(twin.network("value_network").parameters()), 0.1))])
+    step = Step(
+        [Part(twin.parts()[0], torch.optim.SGD(list(twin.network("value_network").parameters()), 0.1))]
+    )
     before = twin.actor_loss(batch)["q_policy"].item()
     step(batch)
     assert twin.actor_loss(batch)["q_policy"].item() != before
@@ -291,13 +387,17 @@ def test_the_actor_sees_the_updated_critic_and_targets_come_last():
     env = ToyEnv()
     loss, batch = nets(env), a_batch(env)
     value, actor = loss.parts()
-    optims = [torch.optim.SGD(list(loss.network(n).parameters()), 0.1) for n in ("value_network", "actor_network")]
+    optims = [
+        torch.optim.SGD(list(loss.network(n).parameters()), 0.1) for n in ("value_network", "actor_network")
+    ]
     step = Step([Part(value, optims[0], name="critic"), Part(actor, optims[1], name="actor")],
                 after=TargetUpdate(loss, tau=0.5))  # fmt: skip
     twin = copy.deepcopy(loss)
     metrics = step(batch.copy())
     net = twin.network("value_network")
-    for p, g in zip(net.parameters(), torch.autograd.grad(twin.value_loss(batch)["loss_value"], list(net.parameters()))):
+    for p, g in zip(
+        net.parameters(), torch.autograd.grad(twin.value_loss(batch)["loss_value"], list(net.parameters()))
+    ):
         p.data -= 0.1 * g
     torch.testing.assert_close(metrics["q_policy"], twin.actor_loss(batch)["q_policy"])
     assert set(step.state_dict()["parts"]["1"]["loss"]) == set()  # kept once
@@ -309,7 +409,9 @@ def test_a_compiled_loss_is_the_same(choices):
     loss, batch = nets(env), a_batch(env)
     value, actor = loss.parts()
     if not choices:  # a draw is another one under compilation
-        torch.testing.assert_close(torch.compile(value)(batch.copy())["loss_value"], value(batch)["loss_value"])
+        torch.testing.assert_close(
+            torch.compile(value)(batch.copy())["loss_value"], value(batch)["loss_value"]
+        )
     found, expected = torch.compile(actor)(batch.copy()), actor(batch)
     assert found.keys() == expected.keys()
     if not choices:
@@ -333,7 +435,9 @@ def test_groups_of_unlike_agents_see_each_other():
     out = loss(batch)
     assert {"loss_value_a", "loss_value_b", "loss_actor_a", "loss_actor_b"} <= set(out.keys())
     actor = loss.network("actor_network")
-    of_b = torch.autograd.grad(out["loss_actor_b"], list(actor.parameters()), retain_graph=True, allow_unused=True)
+    of_b = torch.autograd.grad(
+        out["loss_actor_b"], list(actor.parameters()), retain_graph=True, allow_unused=True
+    )
     touched = [g is not None and bool(g.abs().sum() > 0) for g in of_b]
     assert touched == [p.shape[0] == 1 for p in actor.parameters()]  # one agent in b, two in a
     changed = batch.clone()
@@ -366,3 +470,6 @@ def test_what_cannot_be_meant_is_named():
     discrete = ToyEnv(choices=3)
     with pytest.raises(ValueError, match="discrete"):
         nets(discrete, target_noise=0.2)
+    with pytest.raises(KeyError, match="is discrete"):
+        silent = TensorDictModule(nn.Linear(4, 3), [(G, "observation")], [(G, "action")])
+        MADDPGLoss(silent, tdmarl.action_critic(discrete))

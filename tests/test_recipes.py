@@ -28,14 +28,14 @@ from tdmarl.saving import load_policy
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / "recipes").glob("*.py"))
 RECIPES = [recipe for recipe in ALL if recipe.stem.endswith("_vmas")]  # one per algorithm, each keeps a run
-LOOPS = [
-    recipe for recipe in RECIPES if recipe.stem.split("_")[0] in ("happo", "mappo", "qmix")
-]  # one of a kind
+LOOPS = [r for r in RECIPES if r.stem.split("_")[0] in ("happo", "maddpg", "mappo", "qmix")]  # one of a kind
+RECURRENT = [recipe for recipe in LOOPS if recipe.stem != "maddpg_vmas"]
 TINY = [
     "--num-envs", "4", "--max-steps", "10", "--frames-per-batch", "40", "--total-frames", "400",
     "--minibatch-size", "20", "--eval-every", "3", "--eval-episodes", "4", "--device", "cpu",
 ]  # fmt: skip
-REPLAYING = ("iql", "qmix", "vdn")
+DISCRETE = ("iql", "qmix", "vdn")
+REPLAYING = (*DISCRETE, "maddpg")
 ITERATIONS = 10
 
 
@@ -44,7 +44,18 @@ def tiny(recipe: Path) -> list[str]:
     if recipe.stem == "qmix_two_step":
         return ["--total-frames", "256"]
     if family(recipe) in REPLAYING:  # with buffers that are overwritten
-        return [*TINY, "--num-updates", "2", "--buffer-size", "100", "--checkpoint-every", "1", "--no-anneal"]
+        few = ["--cross-play-episodes", "4"] if recipe.stem == "maddpg_simple_tag" else []
+        return [
+            *TINY,
+            *few,
+            "--num-updates",
+            "2",
+            "--buffer-size",
+            "100",
+            "--checkpoint-every",
+            "1",
+            "--no-anneal",
+        ]
     return [*TINY, "--num-epochs", "2"]
 
 
@@ -133,7 +144,7 @@ def test_a_recipe_leaves_a_run_that_acts_again(recipe: Path, whole: dict[str, Pa
     policy = load_policy(folder)
     seen = TensorDict({"agents": TensorDict({"observation": torch.zeros(2, 3, 18)}, [2, 3])}, [2])
     action = policy(seen)["agents", "action"]
-    assert action.shape == ((2, 3) if family(recipe) in REPLAYING else (2, 3, 2))
+    assert action.shape == ((2, 3) if family(recipe) in DISCRETE else (2, 3, 2))
     assert plot([str(folder), "--out", str(tmp_path / "curve.png")]) == 0
 
 
@@ -208,12 +219,12 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
 SEQUENCES = ["--recurrent", "--chunk-length", "5", "--total-frames", "80", "--eval-every", "0"]
 
 
-@pytest.mark.parametrize("recipe", LOOPS, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", RECURRENT, ids=lambda recipe: recipe.stem)
 def test_a_recipe_with_memory_leaves_a_policy_with_memory(recipe: Path, tmp_path: Path) -> None:
     finish(start(recipe, *tiny(recipe), *SEQUENCES, "--out", str(tmp_path / "run")))
     policy = load_policy(tmp_path / "run")
     assert ("agents", "actor_hidden") in policy.in_keys
-    discrete = family(recipe) in REPLAYING
+    discrete = family(recipe) in DISCRETE
     env = tdmarl.VmasEnv(
         "navigation", num_envs=2, max_steps=3, continuous_actions=not discrete, seed=0, n_agents=3
     )
@@ -325,3 +336,35 @@ def test_every_other_recipe_runs(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.stem)
 def test_a_recipe_stays_short(recipe: Path) -> None:
     assert len(recipe.read_text().splitlines()) <= 120
+
+
+def test_predator_and_prey_are_played_against_their_past_also_after_a_resume(tmp_path: Path) -> None:
+    recipe, folder = ROOT / "recipes" / "maddpg_simple_tag.py", tmp_path / "run"
+    argv = [*tiny(recipe), "--out", str(folder)]
+    finish(start(recipe, *argv, "--total-frames", "80"))
+    out, _ = finish(start(recipe, "--resume", str(folder), "--total-frames", "160"))
+    with (folder / "cross_play.csv").open() as file:
+        table = list(csv.reader(file))
+    assert table[0][1:] == ["random", "middle", "last"] == [row[0] for row in table[1:]]
+    assert all(float(cell) >= 0 for row in table[1:] for cell in row[1:]) and out.count("middle") == 2
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_maddpg_learns_in_the_particle_environments(continuous: bool, tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "maddpg_mpe.py"
+    more = ["--continuous"] if continuous else []
+    finish(
+        start(
+            recipe,
+            *tiny(recipe),
+            *more,
+            "--num-workers",
+            "0",
+            "--total-frames",
+            "80",
+            "--out",
+            str(tmp_path / "run"),
+        )
+    )
+    policy = load_policy(tmp_path / "run")
+    assert {("speaker", "action"), ("listener", "action")} <= set(policy.out_keys)

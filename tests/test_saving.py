@@ -15,9 +15,10 @@ from torchrl.data import (
     Binary, Bounded, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec, Unbounded,
 )
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from toys import ToyEnv
 
 from tdmarl import log
-from tdmarl.algorithms import ippo, mappo
+from tdmarl.algorithms import ippo, maddpg, mappo, per_group
 from tdmarl.run import Options, Run
 from tdmarl.saving import SpecsOnly, load_policy
 
@@ -54,7 +55,7 @@ class Idle:
 def saved(folder: Path, algorithm: str = "mappo", discrete: bool = False, **arguments: Any) -> Any:
     """The algorithm whose policy lies in the folder, with weights unlike those it was initialized with."""
     env = SpecsOnly(specs(discrete))
-    build = {"mappo": mappo, "ippo": ippo}[algorithm]
+    build = {"mappo": mappo, "ippo": ippo, "maddpg": maddpg}[algorithm]
     arguments = {"seed": 0, "minibatch_size": 8, **arguments}
     algo = build(env, **arguments)
     torch.manual_seed(1)
@@ -89,7 +90,7 @@ def test_specs_survive_json(spec: TensorSpec) -> None:
 
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 @pytest.mark.parametrize("algorithm, discrete, share", [
-    ("mappo", False, True), ("mappo", True, False), ("ippo", False, [[0, 1], [2]]),
+    ("mappo", False, True), ("mappo", True, False), ("ippo", False, [[0, 1], [2]]), ("maddpg", True, False),
 ])  # fmt: skip
 def test_the_loaded_policy_acts_as_the_trained_one(
     tmp_path: Path, algorithm: str, discrete: bool, share: Any, checkpoint: Any
@@ -185,3 +186,32 @@ def test_a_policy_that_remembers_comes_back_with_its_memory(tmp_path: Path, disc
     assert torch.equal(*found)
     first, second, _, again = found[0]
     assert torch.equal(first, again) and not torch.equal(first, second)  # equal observations, another memory
+
+
+@pytest.mark.filterwarnings("ignore:The critic of scope")
+def test_several_teams_come_back_together(tmp_path: Path) -> None:
+    env = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2)})
+    teams = {
+        "a": {"algorithm": "mappo", "arguments": {"group": "a", "minibatch_size": 8}},
+        "b": {"algorithm": "maddpg", "arguments": {"group": "b"}},
+    }
+    algo = per_group(env, a=mappo(env, "a", minibatch_size=8), b=maddpg(env, "b"))
+    own = per_group(env, a=algo.policy[0], b=maddpg(env, "b"))
+    for name, built, given in (
+        ("both", algo, teams), ("own", own, {"a": {"custom": "a network"}, "b": teams["b"]}),
+    ):  # fmt: skip
+        options = Options(out=str(tmp_path / name), progress=False, device="cpu")
+        with Run(
+            options, algorithm="per_group", arguments=given, env=env, policy=built.policy, learner=built.learner,
+            collector=Idle(),
+        ) as run:  # fmt: skip
+            run.save()
+    seen = {g: TensorDict(observation=torch.randn(4, n, o), batch_size=[4, n]) for g, (n, o, _) in env.groups.items()}
+    batch = TensorDict(seen, batch_size=[4])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        expected = algo.policy(batch.copy())
+    found = load_policy(tmp_path / "both")(batch.copy())
+    assert all(torch.equal(found[g, "action"], expected[g, "action"]) for g in ("a", "b"))
+    with pytest.raises(ValueError, match=r"How the policy of 'a' is built was not written down"):
+        load_policy(tmp_path / "own")
+    assert ("a", "action") in load_policy(tmp_path / "own", actor={"a": mappo(env, "a").policy}).out_keys

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
-from tdmarl.step import Annealing, Part, Step
+from tdmarl.step import Annealing, Part, Step, adam
 
 
 class Quadratic(TensorDictModule):
@@ -128,3 +128,26 @@ def test_compiled_losses_step_alike():
     Step([eager])(data(3.0))
     Step([compiled]).accelerate("compile")(data(3.0))
     torch.testing.assert_close(eager.loss.p, compiled.loss.p)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_gradients_that_come_transposed_move_the_right_entries(mode):
+    """Fused Adam takes gradients as they lie in memory; einsum's backward returns some the other way round."""
+
+    class Fit(TensorDictModuleBase):
+        in_keys, out_keys = ["x"], ["loss_fit"]
+
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(2, 3))
+
+        def forward(self, td):
+            goal = td["x"].sum(-1, keepdim=True) * torch.tensor([1.0, -2.0])
+            return TensorDict(loss_fit=(torch.einsum("mf,nf->mn", td["x"], self.w) - goal).square().mean())
+
+    torch.manual_seed(0)
+    fit, batch = Fit(), TensorDict(x=torch.randn(64, 3), batch_size=[64])
+    take = Step([Part(fit, adam([fit.w], 0.05))]).accelerate(mode)
+    for _ in range(300):
+        take(batch)
+    torch.testing.assert_close(fit.w.detach(), torch.tensor([[1.0] * 3, [-2.0] * 3]), atol=0.02, rtol=0)

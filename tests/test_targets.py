@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
@@ -83,11 +85,31 @@ def test_it_serves_torchrls_losses():
         assert torch.equal(target, trained)
 
 
+def test_softly_at_the_first_of_every_so_many_calls():
+    loss = pair()
+    update, moved = TargetUpdate(loss, tau=0.5, every=3), []
+    for _ in range(7):
+        before = [t.clone() for t, _ in target_pairs(loss)]
+        update()
+        moved.append(not all(torch.equal(a, t) for a, (t, _) in zip(before, target_pairs(loss))))
+    assert moved == [True, False, False, True, False, False, True]
+
+
+def test_a_copy_moves_the_targets_of_the_copied_loss():
+    loss = pair()
+    whole = nn.ModuleDict({"loss": loss})
+    whole["follow"] = TargetUpdate(loss, every=2)
+    whole["follow"]()
+    twin = copy.deepcopy(whole)
+    kept = [t.clone() for t, _ in target_pairs(loss)]
+    twin["follow"]()  # its second call
+    assert all(torch.equal(t, s) for t, s in target_pairs(twin["loss"]))
+    assert all(torch.equal(a, t) for a, (t, _) in zip(kept, target_pairs(loss)))
+
+
 def test_bad_input_is_named():
-    both = {"tau": 0.1, "every": 2}
     wrong = [
-        ({}, "one of the two"),
-        (both, "one of the two"),
+        ({}, "got neither"),
         ({"tau": 2.0}, "tau=2.0"),
         ({"every": 0}, "every=0"),
     ]

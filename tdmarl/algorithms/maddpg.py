@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
@@ -41,6 +42,7 @@ from tdmarl.learners import Learner
 from tdmarl.maddpg_loss import MADDPGLoss
 from tdmarl.nets import Sharing
 from tdmarl.prepare import RewardNorm
+from tdmarl.q_actors import EpsilonGreedy
 from tdmarl.replay import Replay
 from tdmarl.step import Annealing, Part, Step, adam
 from tdmarl.targets import TargetUpdate
@@ -86,6 +88,9 @@ def maddpg(
     noise_start: float = 0.1,
     noise_end: float = 0.1,
     noise_frames: int = 50_000,
+    epsilon_start: float = 0.0,
+    epsilon_end: float = 0.0,
+    epsilon_frames: int = 50_000,
     share_params: Sharing = False,
     share_critic_params: Sharing = False,
     agent_id: bool = True,
@@ -134,7 +139,10 @@ def maddpg(
         target_every (int, optional): copy exactly at every so many updates instead; then ``tau`` is None.
         noise ("gaussian", "ou" or "none"), noise_start, noise_end (float), noise_frames (int): added to continuous
             actions; see :class:`~tdmarl.deterministic_actors.ActionNoise` and
-            :class:`~tdmarl.deterministic_actors.OrnsteinUhlenbeckNoise`. Discrete actions are drawn from the logits.
+            :class:`~tdmarl.deterministic_actors.OrnsteinUhlenbeckNoise`.
+        epsilon_start, epsilon_end (float), epsilon_frames (int): discrete actions are drawn from the logits; with this
+            probability at random instead, see :class:`~tdmarl.q_actors.EpsilonGreedy`. 0 is the paper's way, whose
+            exploration dies with the policy's entropy.
         share_params, share_critic_params (bool or map): which agents share an actor, and a critic.
         agent_id (bool): let a shared network know whom it serves.
         hidden, activation, layer_norm: the networks'; see :class:`~tdmarl.nets.AgentMLP`.
@@ -161,6 +169,11 @@ def maddpg(
     if (tau is None) == (target_every is None):
         raise ValueError(
             f"tau={tau} and target_every={target_every}: give exactly one, and None for the other."
+        )
+    if cooperative and (others == "policy" or share_critic_params is not False or scope == "agent"):
+        raise ValueError(
+            f"cooperative=True is one critic of all and others='joint'; others={others!r}, scope={scope!r} and "
+            f"share_critic_params={share_critic_params!r} do not go with it."
         )
     if cooperative:
         others, team_reward = "joint", team_reward or "mean"
@@ -190,7 +203,7 @@ def maddpg(
         huber_delta=huber_delta, n_steps=n_steps, reward_norm=norm,
     )  # fmt: skip
     make = optim or (lambda params: adam(params, lr, mode))
-    make_critic = optim or (lambda params: adam(params, critic_lr or lr, mode))
+    make_critic = optim or (lambda params: adam(params, lr if critic_lr is None else critic_lr, mode))
     chosen, valued = make(list(actor.parameters())), make_critic(list(critic.parameters()))
     value_part, actor_part = loss.parts()
     rows = [loss.tensor_keys.priority] if prioritized else []
@@ -201,7 +214,11 @@ def maddpg(
         ],
         after=TargetUpdate(loss, tau=tau, every=target_every if tau is None else actor_every),
     )
-    explore, schedule = _exploring(env, group, members, actor, noise, noise_start, noise_end, noise_frames)
+    schedules = _noises(
+        env, members, noise, {"start": noise_start, "end": noise_end, "anneal_frames": noise_frames},
+        {"start": epsilon_start, "end": epsilon_end, "anneal_frames": epsilon_frames},
+    )  # fmt: skip
+    explore = TensorDictSequential(actor, *schedules.values()) if schedules else actor
     prepare = Rewards(members, team_reward, norm, joint=False)
     check_chain(collected(env, explore), [("the rewards", prepare), ("the losses", step)])
     buffer = Replay(
@@ -212,7 +229,7 @@ def maddpg(
     )  # fmt: skip
     annealing = None if anneal_frames is None else Annealing(anneal_frames, optims=[chosen, valued])
     learner = Learner(
-        step, buffer, updates=num_updates, prepare=prepare, annealing=annealing, modules=schedule, mode=mode,
+        step, buffer, updates=num_updates, prepare=prepare, annealing=annealing, modules=schedules, mode=mode,
         seed=seeds.derive(seed, "prepare"),
     )  # fmt: skip
     return Algorithm(policy=actor, explore=explore, learner=learner)
@@ -240,13 +257,16 @@ def _warn(members: Team, scope: str, others: str, share: Sharing, agent_id: bool
         )
 
 
-def _exploring(
-    env: EnvBase, group: str | Sequence[str] | None, members: Team, actor: TensorDictModuleBase, noise: str,
-    start: float, end: float, frames: int,
-) -> tuple[TensorDictModuleBase, dict[str, nn.Module]]:  # fmt: skip
-    """The actor with noise, and what of it has a schedule; discrete actors explore by themselves."""
-    if noise == "none" or not any(isinstance(g.action_spec, Bounded) for g in members):
-        return actor, {}
-    kind = ActionNoise if noise == "gaussian" else OrnsteinUhlenbeckNoise
-    added = kind(env, group, start=start, end=end, anneal_frames=frames)
-    return TensorDictSequential(actor, added), {"explore": added}
+def _noises(
+    env: EnvBase, members: Team, noise: str, sigma: dict[str, Any], epsilon: dict[str, Any]
+) -> dict[str, Any]:
+    """What is added to or put in place of actions to explore, by the name under which its schedule is saved."""
+    boxes = tuple(g.name for g in members if isinstance(g.action_spec, Bounded))
+    choices = tuple(name for name in members.names if name not in boxes)
+    found: dict[str, Any] = {}
+    if boxes and noise != "none":
+        kind = ActionNoise if noise == "gaussian" else OrnsteinUhlenbeckNoise
+        found["explore"] = kind(env, boxes, **sigma)
+    if choices and epsilon["start"] + epsilon["end"] > 0:
+        found["epsilon"] = EpsilonGreedy(env, choices, **epsilon)
+    return found

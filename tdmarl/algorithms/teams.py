@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import nn
+from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from tdmarl.actors import MaskedCategorical, choices
 from tdmarl.algorithms.contract import Algorithm
+from tdmarl.deterministic_actors import Box
 from tdmarl.keys import Team, team
 
 
@@ -55,8 +58,14 @@ def per_group(env: EnvBase | None = None, /, **teams: Algorithm | TensorDictModu
         env (EnvBase, optional): checks that every group is acted for.
         **teams (Algorithm or TensorDictModuleBase): by name: that of the group, or any name for a team of several. A
             module that writes ``(group, "action")``, such as :func:`random_policy`, or the policy of a run
-            (:func:`tdmarl.load_policy`), acts and does not learn. To freeze a policy that goes on training elsewhere,
-            give a copy, ``copy.deepcopy(algo.policy)``.
+            (:func:`tdmarl.load_policy`), acts and does not learn; while batches are collected it explores as it does
+            under ``ExplorationType.RANDOM``. To freeze a policy that goes on training elsewhere, give a copy,
+            ``copy.deepcopy(algo.policy)``. Algorithms of equal shapes and seeds begin with equal weights: give each
+            a ``seed`` of its own.
+
+    A :class:`tdmarl.Run` of it is given ``algorithm="per_group"`` and, as ``arguments``, for each team
+    ``{"algorithm": "mappo", "arguments": {...}}``, so that :func:`tdmarl.load_policy` builds all policies again; a
+    team whose policy was no algorithm's may hold anything else, and is then passed as ``actor={name: policy}``.
 
     Returns:
         Algorithm: a policy that runs all, the same for ``explore``, and a learner whose metrics are nested by name.
@@ -118,6 +127,8 @@ class RandomPolicy(TensorDictModuleBase):
     def __init__(self, members: Team) -> None:
         super().__init__()
         self.members = members
+        boxes = {g.name: Box(g.action_spec) for g in members if isinstance(g.action_spec, Bounded)}
+        self.boxes = nn.ModuleDict(boxes)
         masks = [g.key("action_mask") for g in members if g.has_action_mask]
         self.in_keys = [*(g.key("observation") for g in members), *masks]
         self.out_keys = [g.key("action") for g in members]
@@ -125,13 +136,22 @@ class RandomPolicy(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         for g in self.members:
-            if g.has_action_mask:
-                mask = tensordict.get(g.key("action_mask"))
-                nvec, one_hot = choices(g.action_spec, g.key("action"))
-                logits = torch.zeros_like(mask, dtype=torch.float)
-                action = MaskedCategorical(logits, mask, nvec=nvec, one_hot=one_hot).sample()
+            batch = tensordict.get(g.key("observation")).shape[:-2]
+            if g.name in self.boxes:
+                box: Any = self.boxes[g.name]
+                share = torch.rand((*batch, *box.low.shape), device=box.low.device)
+                action = box.low + (share * (box.high - box.low)).to(box.low.dtype)
             else:
-                action = g.action_spec.rand(tensordict.get(g.key("observation")).shape[:-2])
+                nvec, one_hot = choices(g.action_spec, g.key("action"))
+                mask = tensordict.get(g.key("action_mask")) if g.has_action_mask else None
+                logits = torch.zeros(
+                    (*batch, g.n_agents, sum(nvec)), device=tensordict.get(g.key("observation")).device
+                )
+                action = (
+                    MaskedCategorical(logits, mask, nvec=nvec, one_hot=one_hot)
+                    .sample()
+                    .to(g.action_spec.dtype)
+                )
             tensordict.set(g.key("action"), action)
         return tensordict
 
