@@ -67,11 +67,13 @@ PYTHON
 if [ -n "${QUICK:-}" ]; then
     sizes=(--num-envs 32 --max-steps 20 --minibatch-size 320 --iterations 2 --warmup 1 --episodes 16)
     scenarios=(navigation)
+    sequential=(--num-envs 32 --steps 20 --minibatch-size 320 --rounds 1)
     simulator=(--scenarios dropout --num-envs 32 64 --modes eager trace --steps 4 --warmup 4 --repetitions 2
         --seconds 0.05)
 else
     sizes=(--num-envs 4096 --max-steps 100 --minibatch-size 65536 --iterations 5 --warmup 2 --episodes 1024)
     scenarios=(navigation balance)
+    sequential=(--num-envs 4096 --minibatch-size 65536 --rounds 3)
     modes=(eager compile)
     [ "${device%%:*}" = cuda ] && modes+=(cudagraph)
     simulator=(--scenarios balance simple_spread navigation --num-envs 4096 16384 65536 --modes "${modes[@]}"
@@ -91,7 +93,8 @@ if wanted check; then
     # other packages (PettingZoo's environments run on the host) is left out.
     part "correctness: tests that name the device" \
         "$python" -m pytest --no-header -p no:cacheprovider -k "cuda or gpu or device" tests \
-        --ignore tests/envs/test_pettingzoo.py --ignore tests/envs/test_foraging.py
+        --ignore tests/envs/test_pettingzoo.py --ignore tests/envs/test_foraging.py \
+        --ignore tests/envs/test_mamujoco.py
 fi
 if wanted simulate; then
     part "speed: the simulator alone" \
@@ -104,6 +107,8 @@ if wanted train; then
         [ "$mode" = cudagraph ] && [ "${device%%:*}" != cuda ] && continue
         part "speed: tdmarl with mode=$mode" "$python" "${common[@]}" --contenders tdmarl --mode "$mode"
     done
+    part "speed: HAPPO and its kin beside unshared MAPPO" \
+        "$python" benchmarks/happo_train.py "${sequential[@]}" --device "$device" --out "$out/happo_train-$device.json"
     part "speed: tdmarl beside BenchMARL" \
         "$python" "${common[@]}" --contenders tdmarl benchmarl --mode eager "${benchmarl[@]}" \
         --output "$out/train-$device-benchmarl.json"

@@ -24,7 +24,7 @@ import tdmarl  # noqa: E402
 
 SCENARIOS = ("navigation", "balance", "transport", "sampling", "simple_tag")
 Optim = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
-KINDS = ("mappo", "mappo, recurrent", "qmix", "qmix, recurrent", "maddpg")
+KINDS = ("mappo", "mappo, recurrent", "happo", "happo, recurrent", "hatrpo", "qmix", "qmix, recurrent", "maddpg")
 TOLERANCE = 2e-3  # contact forces are hundreds of times larger than what they move
 
 
@@ -75,7 +75,18 @@ def build(kind: str, env: tdmarl.VmasEnv, frames: int, optim: Optim | None = Non
         return tdmarl.maddpg(env, num_updates=1, minibatch_size=frames, buffer_size=frames, optim=optim)
     more = {"recurrent": "gru", "chunk_length": 5} if "recurrent" in kind else {}
     rows = frames // 5 if more else frames
+    if kind.startswith("ha"):
+        learn, more = (tdmarl.hatrpo if kind == "hatrpo" else tdmarl.happo), more | {"order": (2, 0, 3, 1)}
+        return learn(env, num_epochs=1, minibatch_size=rows, optim=optim, **more)
     return tdmarl.mappo(env, num_epochs=1, minibatch_size=rows, optim=optim, **more)
+
+
+def trained(algo: tdmarl.Algorithm) -> list[torch.nn.Module]:
+    """What an update changes: the losses, or agent by agent the actors and then the critic's loss."""
+    learner = algo.learner
+    if isinstance(learner, tdmarl.SequentialLearner):
+        return [*(agent.actor for agent in learner.agents), learner.critic.step.parts[0].loss]
+    return [part.loss for part in learner.step.parts]
 
 
 def make(kind: str, device: str, num_envs: int, steps: int) -> tdmarl.VmasEnv:
@@ -95,9 +106,9 @@ def learner(kind: str, device: str, num_envs: int = 64, steps: int = 20) -> dict
     frames = num_envs * steps
     envs = [make(kind, where, num_envs, steps) for where in ("cpu", device)]
     algos = [build(kind, env, frames, lambda params: torch.optim.SGD(params, 0.1)) for env in envs]
-    ours, theirs = (algo.learner.step.parts for algo in algos)
+    ours, theirs = (trained(algo) for algo in algos)
     for mine, other in zip(ours, theirs):
-        other.loss.load_state_dict(mine.loss.state_dict())
+        other.load_state_dict(mine.state_dict())
     collector = tdmarl.Collector(envs[0], algos[0].explore, frames_per_batch=frames, total_frames=frames)
     batch = next(iter(collector))
     if kind.startswith("qmix") or kind == "maddpg":
@@ -109,7 +120,7 @@ def learner(kind: str, device: str, num_envs: int = 64, steps: int = 20) -> dict
     parameters = max(
         (a.detach() - b.detach().cpu()).abs().max().item()
         for mine, other in zip(ours, theirs)
-        for a, b in zip(mine.params, other.params)
+        for a, b in zip(mine.parameters(), other.parameters())
     )
     return {"metrics": furthest(metrics, metrics_twin), "parameters": parameters}
 

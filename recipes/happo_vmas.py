@@ -1,6 +1,7 @@
 """HAPPO on a VMAS scenario: agents update one after the other, weighted by what the earlier ones changed.
 
     python recipes/happo_vmas.py --scenario navigation
+    python recipes/happo_vmas.py --algorithm hatrpo
     python recipes/happo_vmas.py --resume runs/happo-navigation-0-... --total-frames 1000000
     python -m tdmarl.plot runs/*
 
@@ -22,6 +23,10 @@ from tdmarl.run import Run, launch
 class HAPPOOptions(OnPolicyOptions):
     """HAPPO on a VMAS scenario: agents update one after the other, weighted by what the earlier ones changed."""
 
+    algorithm: Literal["happo", "haa2c", "hatrpo"] = "happo"
+    """haa2c does not clip; hatrpo takes a step in a trust region for each agent."""
+    max_kl: float = 0.01
+    """Of hatrpo: how far a step may move an agent's policy."""
     share_params: bool = False
     """One network each, as the method has it, or one for all agents of a group."""
     team_reward: Literal["mean", "sum"] = "mean"
@@ -44,7 +49,12 @@ def main(options: HAPPOOptions) -> None:
         "share_params": options.share_params,
         "team_reward": options.team_reward,
     }
-    algo = tdmarl.happo(env, **arguments)
+    if options.algorithm == "haa2c":
+        del arguments["clip_epsilon"]
+    elif options.algorithm == "hatrpo":
+        del arguments["entropy_coeff"]
+        arguments["max_kl"] = options.max_kl
+    algo = getattr(tdmarl, options.algorithm)(env, **arguments)
     collector = tdmarl.Collector(
         env,
         algo.explore,
@@ -53,8 +63,8 @@ def main(options: HAPPOOptions) -> None:
         seed=options.seed,
     )
     with Run(
-        options, algorithm="happo", arguments=arguments, env=env, policy=algo.policy, learner=algo.learner,
-        collector=collector,
+        options, algorithm=options.algorithm, arguments=arguments, env=env, policy=algo.policy,
+        learner=algo.learner, collector=collector,
     ) as run:  # fmt: skip
         for batch in collector:
             metrics = algo.learner(batch)

@@ -5,7 +5,9 @@ from tdmarl.action_critics import action_critic
 from tdmarl.actors import categorical_actor, gaussian_actor, stochastic_actor
 from tdmarl.algorithms import (
     Algorithm,
+    haa2c,
     happo,
+    hatrpo,
     ippo,
     iql,
     maddpg,
@@ -22,6 +24,7 @@ from tdmarl.envs.check import check_env
 from tdmarl.envs.combat import combat
 from tdmarl.envs.foraging import foraging
 from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
+from tdmarl.envs.mamujoco import mamujoco
 from tdmarl.envs.pettingzoo import PettingZooEnv
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
@@ -54,6 +57,7 @@ from tdmarl.run import Run
 from tdmarl.saving import load_policy
 from tdmarl.step import Annealing, Part, Step
 from tdmarl.targets import TargetUpdate
+from tdmarl.trust import TrustRegionStep
 
 __version__ = "0.1.0"
 
@@ -95,6 +99,7 @@ __all__ = [
     "TargetUpdate",
     "Team",
     "TeamReward",
+    "TrustRegionStep",
     "ValueLoss",
     "ValueNorm",
     "ValueOptions",
@@ -110,11 +115,14 @@ __all__ = [
     "foraging",
     "gaussian_actor",
     "generalized_advantage",
+    "haa2c",
     "happo",
+    "hatrpo",
     "ippo",
     "iql",
     "load_policy",
     "maddpg",
+    "mamujoco",
     "mappo",
     "q_actor",
     "qmix",

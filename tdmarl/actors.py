@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
+from torch.distributions.kl import register_kl
 from torch.nn import functional as F
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import EnvBase
@@ -217,6 +218,21 @@ class MaskedCategorical(Distribution):
     def deterministic_sample(self) -> Tensor:
         """What the policy does when it does not explore: the most likely available action."""
         return self.mode
+
+
+@register_kl(ClippedNormal, ClippedNormal)
+@register_kl(TanhNormal, TanhNormal)
+def _kl_of_boxes(p: _Box, q: _Box) -> Tensor:
+    """That of the normals: one map squashes both, and the environment clips both."""
+    ratio, shift = p.scale / q.scale, (p.loc - q.loc) / q.scale
+    return p._sum(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
+
+
+@register_kl(MaskedCategorical, MaskedCategorical)
+def _kl_of_choices(p: MaskedCategorical, q: MaskedCategorical) -> Tensor:
+    least = torch.finfo(p.parts[0].dtype).min  # of what is unavailable to both
+    pairs = zip(p.parts, q.parts)
+    return torch.stack([(a.exp() * (a.clamp_min(least) - b.clamp_min(least))).sum(-1) for a, b in pairs]).sum(0)
 
 
 class GaussianHead(nn.Module):
@@ -476,12 +492,24 @@ def _flat(key: NestedKey) -> str:
 
 
 def stochastic_actor(
-    env: EnvBase, group: str | Sequence[str] | None = None, share_params: Sharing = True, **options: Any
+    env: EnvBase,
+    group: str | Sequence[str] | None = None,
+    share_params: Sharing = True,
+    *,
+    gaussian: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> TensorDictModuleBase:
-    """Builds :func:`gaussian_actor` or :func:`categorical_actor`, group by group, as the action specs ask."""
+    """Builds :func:`gaussian_actor` or :func:`categorical_actor`, group by group, as the action specs ask.
+
+    Args:
+        env, group, share_params: see :func:`gaussian_actor`.
+        gaussian (mapping, optional): options of :func:`gaussian_actor` alone, such as ``{"std": "free"}``.
+        **options: those of both.
+    """
 
     def build(member: Group) -> TensorDictModuleBase:
-        make = gaussian_actor if isinstance(member.action_spec, Bounded) else categorical_actor
-        return make(env, member.name, share_params, **options)
+        if isinstance(member.action_spec, Bounded):
+            return gaussian_actor(env, member.name, share_params, **options, **(gaussian or {}))
+        return categorical_actor(env, member.name, share_params, **options)
 
     return _for_each_group(env, group, build)

@@ -14,6 +14,7 @@ from torchrl.modules import set_recurrent_mode
 from tdmarl import reduce, seeds
 from tdmarl.buffers import BatchBuffer, Buffer
 from tdmarl.step import Annealing, Step
+from tdmarl.trust import TrustRegionStep
 
 
 class Learner:
@@ -129,13 +130,13 @@ class AgentUpdate:
         group (str): the agent's group.
         index (int): the agent in it.
         actor (TensorDictModuleBase): the agent's, with flat keys.
-        step (Step): a step on the agent's rows, with flat keys.
+        step (Step or TrustRegionStep): a step on the agent's rows, with flat keys.
     """
 
     group: str
     index: int
     actor: Any
-    step: Step
+    step: Step | TrustRegionStep
 
     def view(self, batch: TensorDictBase) -> TensorDictBase:
         """The agent alone: its entries ``[*B]`` under flat keys, its advantage times its factor."""

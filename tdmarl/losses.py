@@ -35,7 +35,7 @@ class PolicyLoss(ClipPPOLoss):
     Args:
         actor (TensorDictModuleBase): a ``ProbabilisticActor`` of the group.
         group (str, optional): the group; None for entries at the root, such as those of one agent alone.
-        clip_epsilon (float): ``eps``.
+        clip_epsilon (float, optional): ``eps``; None does not clip: the loss of an advantage actor-critic.
         entropy_coeff (float): ``c``; a buffer that a schedule may change.
 
     Reads ``(group, advantage)`` ``[*B, n, 1]``, ``(group, action)``, ``(group, action_log_prob)`` ``[*B, n]``, the
@@ -48,20 +48,20 @@ class PolicyLoss(ClipPPOLoss):
         actor: TensorDictModuleBase,
         group: str | None,
         *,
-        clip_epsilon: float = 0.2,
+        clip_epsilon: float | None = 0.2,
         entropy_coeff: float = 0.01,
     ) -> None:
-        if not 0 < clip_epsilon < 1:
+        if clip_epsilon is not None and not 0 < clip_epsilon < 1:
             raise ValueError(f"clip_epsilon={clip_epsilon} must be between 0 and 1.")
         super().__init__(
             actor,
             None,
-            clip_epsilon=clip_epsilon,
+            clip_epsilon=0.2 if clip_epsilon is None else clip_epsilon,
             entropy_coeff=entropy_coeff,
             normalize_advantage=False,
             functional=False,
         )
-        self.group = group
+        self.group, self.clips = group, clip_epsilon is not None
         self.set_keys(advantage=entry(group, "advantage"))
         keys = self.tensor_keys
         self.in_keys = [*actor.in_keys, keys.action, keys.sample_log_prob, keys.advantage]
@@ -82,7 +82,8 @@ class PolicyLoss(ClipPPOLoss):
             )
         if mask is not None:  # before the exponential: a dead agent's entries may hold anything
             log_ratio = log_ratio.masked_fill(~mask.unsqueeze(-1), 0)
-        ratio, clipped = log_ratio.exp(), log_ratio.clamp(*self._clip_bounds)
+        ratio = log_ratio.exp()
+        clipped = log_ratio.clamp(*self._clip_bounds) if self.clips else log_ratio
         gain = torch.minimum(ratio * advantage, clipped.exp() * advantage)
         entropy = reduce.mean(dist.entropy(), mask)
         with torch.no_grad():

@@ -37,7 +37,7 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _over_ranks(x: Tensor) -> Tensor:
+def over_ranks(x: Tensor) -> Tensor:
     """The sum over ranks; without gradient."""
     if _ranks() > 1:
         x = x.detach().clone()
@@ -78,15 +78,15 @@ def mean(x: Tensor, mask: Tensor | None = None, *, per_agent: bool = False) -> T
         tensor(2.)
     """
     total, count = _sums(x, mask, per_agent)
-    share = total / _over_ranks(count).clamp_min(1)
+    share = total / over_ranks(count).clamp_min(1)
     if _ranks() > 1:
-        share = share + (_over_ranks(share) - share.detach())
+        share = share + (over_ranks(share) - share.detach())
     return share
 
 
 def total(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The sum over entries that count: of all ranks, each seed apart; without gradient. See :func:`mean`."""
-    return _over_ranks(_sums(x, mask, False)[0])
+    return over_ranks(_sums(x, mask, False)[0])
 
 
 def scalar(x: Tensor) -> Tensor:

@@ -130,3 +130,16 @@ def test_q_train_writes_its_figures(tmp_path: Path) -> None:
     result = json.loads(out.read_text())["results"]["small"]
     assert {"collection_wall", "update_cpu", "total_wall"} <= result["tdmarl_is_faster_by"].keys()
     assert result["settings"]["updates"] == 64 and result["update_over_bare"]["update_cpu"] > 0
+
+
+def test_happo_train_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "happo_train.json"
+    sizes = ["--num-envs", "4", "--steps", "10", "--minibatch-size", "20", "--width", "8", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "happo_train.py"), *sizes, "--out", str(out)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    written = json.loads(out.read_text())
+    results = written["results"]
+    assert list(results) == ["mappo unshared", "happo", "happo without factor", "haa2c", "hatrpo"]
+    assert results["mappo unshared"]["times_the_first"]["cpu"] == 1 and written["settings"]["agents"] == 3
+    for one in results.values():
+        assert one["seconds"]["cpu"] == pytest.approx(one["seconds"]["collect_cpu"] + one["seconds"]["learn_cpu"])

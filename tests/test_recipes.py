@@ -242,6 +242,48 @@ def test_a_run_with_memory_resumes_to_the_same_bits(name: str, tmp_path: Path) -
     assert complete_state(tmp_path / "run") == complete_state(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["haa2c", "hatrpo"])
+def test_happos_kin_resume_to_the_same_bits_and_act_again(name: str, tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "happo_vmas.py"
+    argv = [*tiny(recipe), "--algorithm", name, "--eval-every", "0", "--total-frames"]
+    finish(start(recipe, *argv, "160", "--out", str(tmp_path / "whole")))
+    finish(start(recipe, *argv, "80", "--out", str(tmp_path / "run")))
+    finish(start(recipe, "--resume", str(tmp_path / "run"), "--total-frames", "160", disturbed=True))
+    assert complete_state(tmp_path / "run") == complete_state(tmp_path / "whole")
+    seen = TensorDict({"agents": TensorDict({"observation": torch.zeros(2, 3, 18)}, [2, 3])}, [2])
+    assert load_policy(tmp_path / "run")(seen)["agents", "action"].shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("happo", {"agents_0": (2, 8), "agent_1": (1, 9)}),
+    ("mappo-unshared", {"agents_0": (2, 8), "agent_1": (1, 9)}),
+    ("mappo", {"agents": (3, 9)}),
+])  # fmt: skip
+def test_joints_of_a_robot_train_resume_and_act_again(
+    name: str, sizes: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    recipe, folder = ROOT / "recipes" / "happo_mamujoco.py", tmp_path / "run"
+    argv = [
+        *tiny(recipe),
+        "--algorithm",
+        name,
+        "--scenario",
+        "Hopper",
+        "--partition",
+        "3x1",
+        "--eval-every",
+        "0",
+    ]
+    finish(start(recipe, *argv, "--total-frames", "80", "--out", str(folder)))
+    _, err = finish(start(recipe, "--resume", str(folder), "--total-frames", "160"))
+    assert "starts new episodes" in err and len(rows(folder)) == 4
+    seen = TensorDict(
+        {g: TensorDict({"observation": torch.zeros(2, *s)}, [2, s[0]]) for g, s in sizes.items()}, [2]
+    )
+    acted = load_policy(folder)(seen)
+    assert all(acted[group, "action"].shape == (2, n, 1) for group, (n, _) in sizes.items())
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--chunk-length", "3"], "--chunk-length 3 must divide the 10 steps of a batch"),
     (["--minibatch-size", "9"], "--minibatch-size 9 holds no sequence of --chunk-length 10"),

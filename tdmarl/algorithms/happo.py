@@ -1,4 +1,4 @@
-"""HAPPO: agents update one after the other, each weighted by what the earlier ones changed.
+"""HAPPO, HATRPO and HAA2C: agents update one after the other, each weighted by what the earlier ones changed.
 
 With the joint advantage ``A(s, u)`` of the team and a new random order ``i_1, ..., i_n`` in each iteration, agent
 ``i_m`` maximizes
@@ -9,6 +9,9 @@ with ``r = pi(u | o) / pi_old(u | o)`` of its own action. The product over the a
 taken over the whole batch after each agent's update, unclipped and detached, and is an entry of the batch. As
 ``M min(r A, clip(r) A) = min(r (M A), clip(r) (M A))`` for a positive factor, an agent's step is PPO's with the
 advantage ``factor * A``, which is not standardized again. The critic learns last, so all agents see one ``A``.
+
+HATRPO takes one step in a trust region for each agent in place of PPO's many, HAA2C leaves the clip away; without the
+factor HAPPO is MAPPO with unshared parameters, on the same schedule.
 
 Source: Kuba et al. 2022, "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning"; defaults and
 order of statements as in its authors' HARL. Where descriptions print ``i_{1:m-1}-1`` the agents before ``i_m`` are
@@ -39,6 +42,7 @@ from tdmarl.nets import Sharing, Views
 from tdmarl.prepare import HAPPOFactor, JointAdvantage
 from tdmarl.recurrent import hidden_keys
 from tdmarl.step import Annealing, Part, Step, adam
+from tdmarl.trust import TrustRegionStep
 
 Actors = Mapping[str, Sequence[TensorDictModuleBase]]
 
@@ -50,7 +54,7 @@ def happo(
     team_reward: str = "mean",
     gamma: float = 0.99,
     lmbda: float = 0.95,
-    clip_epsilon: float = 0.2,
+    clip_epsilon: float | None = 0.2,
     entropy_coeff: float = 0.01,
     num_epochs: int = 5,
     minibatch_size: int | None = None,
@@ -66,9 +70,11 @@ def happo(
     share_params: Sharing = False,
     order: Sequence[int] | None = None,
     factor: bool = True,
+    trust: Mapping[str, Any] | None = None,
     hidden: Sequence[int] = (128, 128),
     activation: type[nn.Module] = nn.ReLU,
     layer_norm: bool = True,
+    gaussian: Mapping[str, Any] | None = None,
     recurrent: str | int | None = None,
     chunk_length: int = 10,
     actor: Actors | None = None,
@@ -85,16 +91,19 @@ def happo(
             group, then by index.
         team_reward ("mean" or "sum"): how the agents' rewards become the team's.
         gamma, lmbda, clip_epsilon, entropy_coeff, num_epochs, minibatch_size, lr, critic_lr, max_grad_norm,
-            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, recurrent,
-            chunk_length, seed, mode: see :func:`tdmarl.mappo`; here each agent has its own epochs and optimizer. The
-            factor of recurrent policies is taken over whole batches, from the states where these begin.
+            value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, gaussian,
+            recurrent, chunk_length, seed, mode: see :func:`tdmarl.mappo`; here each agent has its own epochs and
+            optimizer, and ``clip_epsilon=None`` clips no ratio, and values by 0.2. The factor of recurrent policies
+            is taken over whole batches, from the states where these begin.
         normalize_advantage (bool): standardize the joint advantage once, over each agent's live entries.
         critic_scope ("team" or "state"): what the team's one V sees.
         share_params (bool or map): agents may share networks, but the theory of the sequential update then no
             longer holds, and a warning says so.
         order (sequence of int, optional): always this order of agents; None draws a new one for each batch.
         factor (bool): False leaves every factor at one: the agents then update as independent PPO learners of the
-            joint advantage.
+            joint advantage, which is MAPPO with unshared parameters.
+        trust (mapping, optional): each agent takes one step of :class:`tdmarl.trust.TrustRegionStep` with these
+            options instead; what is said of epochs, minibatches, optimizer and gradient is then the critic's.
         actor (mapping of str to sequence of modules, optional): each group's actors, one for each agent, with flat
             keys such as ``"observation"`` and ``"action"``.
         critic (module, optional): replaces the critic; writes ``"state_value"`` ``[*B, 1]``.
@@ -102,6 +111,14 @@ def happo(
 
     Returns:
         Algorithm: policy, explore (the same) and learner.
+
+    Example:
+        >>> import tdmarl
+        >>> env = tdmarl.matrix_game([[8.0, -12.0], [-12.0, 6.0]], num_envs=16)
+        >>> algo = tdmarl.happo(env, num_epochs=2)
+        >>> metrics = algo.learner(tdmarl.Collector(env, algo.explore, frames_per_batch=64).rollout())
+        >>> sorted(algo.learner.last_order)
+        [0, 1]
     """
     members = team(env, group)
     nets: dict[str, Any] = {
@@ -114,7 +131,7 @@ def happo(
             stacklevel=2,
         )
     with seeds.routed(seeds.generator(seed, "init")):
-        agents, policy = _agents(env, list(members), actor, share_params, nets)
+        agents, policy = _agents(env, list(members), actor, share_params, nets | {"gaussian": gaussian})
         if critic is None:
             critic = state_critic(env, group, scope=critic_scope, joint=True, **nets)
     norm = ValueNorm(device=members.groups[0].device) if value_norm else None
@@ -131,6 +148,9 @@ def happo(
 
     updates, losses = [], []
     for name, index, alone in agents:
+        if trust is not None:
+            updates.append(AgentUpdate(name, index, alone, TrustRegionStep(alone, **trust)))
+            continue
         loss = PolicyLoss(alone, None, clip_epsilon=clip_epsilon, entropy_coeff=entropy_coeff)
         losses.append(loss)
         part = Part(loss, make(list(alone.parameters()), lr), max_grad_norm, name="actor")
@@ -138,7 +158,7 @@ def happo(
     value_loss = ValueLoss(
         critic,
         None,
-        clip_epsilon=clip_epsilon if value_clip else None,
+        clip_epsilon=(0.2 if clip_epsilon is None else clip_epsilon) if value_clip else None,
         huber_delta=huber_delta,
         value_norm=norm,
     )
@@ -160,10 +180,11 @@ def happo(
         buffers = [(loss, "entropy_coeff") for loss in losses]
         annealing = Annealing(anneal_frames, optims=list(made.values()), buffers=buffers)
     device = members.groups[0].device
+    passes = {"agents": (None, 1) if trust is not None else (minibatch_size, num_epochs)}
     rows = [
         BatchBuffer(
-            minibatch_size, num_epochs, sequence_length=length, seed=seeds.derive(seed, f"learning/{who}"),
-            device=device,
+            *passes.get(who, (minibatch_size, num_epochs)), sequence_length=length,
+            seed=seeds.derive(seed, f"learning/{who}"), device=device,
         )  # fmt: skip
         for who in ("agents", "critic")
     ]
@@ -173,6 +194,71 @@ def happo(
         seed=seeds.derive(seed, "order"), mode=mode,
     )  # fmt: skip
     return Algorithm(policy=policy, explore=explore, learner=learner)
+
+
+def haa2c(env: EnvBase, group: str | Sequence[str] | None = None, **options: Any) -> Algorithm:
+    """Builds HAA2C: :func:`happo` whose agents follow ``E[r M A]`` unclipped, as advantage actor-critics do.
+
+    In the first epoch that is the gradient ``E[M A grad log pi]``; defaults are HAPPO's, as in HARL (Zhong et al. 2024,
+    "Heterogeneous-Agent Reinforcement Learning").
+
+    Args:
+        env, group: as for :func:`happo`.
+        **options: those of :func:`happo`, but ``clip_epsilon`` and ``trust``.
+
+    Example:
+        >>> import tdmarl
+        >>> algo = tdmarl.haa2c(tdmarl.matrix_game([[1.0, 0.0], [0.0, 1.0]], 16), num_epochs=1)
+    """
+    forbidden = sorted({"clip_epsilon", "trust"} & set(options))
+    if forbidden:
+        raise TypeError(f"haa2c clips no ratio and has no trust region: {forbidden} is happo's.")
+    return happo(env, group, clip_epsilon=None, **options)
+
+
+def hatrpo(
+    env: EnvBase,
+    group: str | Sequence[str] | None = None,
+    *,
+    max_kl: float = 0.01,
+    cg_steps: int = 10,
+    damping: float = 0.1,
+    line_search_steps: int = 10,
+    backtrack: float = 0.8,
+    accept_ratio: float = 0.5,
+    **options: Any,
+) -> Algorithm:
+    """Builds HATRPO: :func:`happo` whose agents take one step each in a trust region.
+
+        maximize ``E[r M A]`` subject to ``E[KL(pi_old || pi)] <= max_kl``
+
+    by the natural gradient and a line search; see :mod:`tdmarl.trust`. The metrics ``accepted``, ``kl`` and
+    ``surrogate_gain`` are means over the agents. Source: Kuba et al. 2022; defaults as in HARL.
+
+    Args:
+        env, group: as for :func:`happo`.
+        max_kl, cg_steps, damping, line_search_steps, backtrack, accept_ratio: see
+            :class:`tdmarl.trust.TrustRegionStep`.
+        **options: those of :func:`happo`, but ``trust`` and ``entropy_coeff``; ``lr``, ``num_epochs``,
+            ``minibatch_size``, ``max_grad_norm``, ``optim`` and ``clip_epsilon`` are the critic's.
+
+    Example:
+        >>> import tdmarl
+        >>> algo = tdmarl.hatrpo(tdmarl.matrix_game([[1.0, 0.0], [0.0, 1.0]], 16), max_kl=0.005)
+    """
+    forbidden = sorted({"entropy_coeff", "trust"} & set(options))
+    if forbidden:
+        raise TypeError(f"hatrpo has no entropy bonus and makes its own trust region: {forbidden} is happo's.")
+    if options.get("recurrent") is not None and team(env, group).groups[0].device.type == "cuda":
+        raise NotImplementedError(
+            "hatrpo(recurrent=...) needs second derivatives, which cuDNN's recurrent unit has not: use it on the CPU, "
+            "or happo."
+        )
+    trust = {
+        "max_kl": max_kl, "cg_steps": cg_steps, "damping": damping, "line_search_steps": line_search_steps,
+        "backtrack": backtrack, "accept_ratio": accept_ratio,
+    }  # fmt: skip
+    return happo(env, group, trust=trust, **options)
 
 
 def _agents(

@@ -67,6 +67,7 @@ def mappo(
     hidden: Sequence[int] = (64, 64),
     activation: type[nn.Module] = nn.ReLU,
     layer_norm: bool = True,
+    gaussian: Mapping[str, Any] | None = None,
     recurrent: str | int | None = None,
     chunk_length: int = 10,
     actor: TensorDictModuleBase | Mapping[str, TensorDictModuleBase] | None = None,
@@ -103,6 +104,8 @@ def mappo(
         agent_id (bool): let a shared actor know whom it serves (the critic always does).
         share_buffer (bool): False: each agent learns from its own draw of rows.
         hidden, activation, layer_norm: the networks'; see :class:`~tdmarl.nets.AgentMLP`.
+        gaussian (mapping, optional): options of :func:`tdmarl.gaussian_actor` alone, where actions are continuous,
+            such as ``{"distribution": "clipped", "std": "free"}``.
         recurrent ("gru", int or None): let actor and critic remember; see :func:`tdmarl.recurrent.agent_net`.
         chunk_length (int): recurrent networks, one's own ones too, learn from sequences of so many steps, which
             start with their stored states. Batches must be a multiple of it long in time.
@@ -128,7 +131,8 @@ def mappo(
         "hidden": hidden, "activation": activation, "layer_norm": layer_norm, "recurrent": recurrent
     }  # fmt: skip
     with seeds.routed(seeds.generator(seed, "init")):
-        actors = _actors(env, list(members), actor, share_params, nets | {"agent_id": agent_id})
+        policies = nets | {"agent_id": agent_id, "gaussian": gaussian}
+        actors = _actors(env, list(members), actor, share_params, policies)
         if critic is None:
             critic = state_critic(
                 env,

@@ -99,7 +99,8 @@ def _action(space: Any, agent: str) -> tuple[tuple[Any, ...], Callable[[Array], 
         return ("multidiscrete", tuple(map(int, space.nvec))), lambda row: (row + first).astype(space.dtype)
     if isinstance(space, spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         low, high = (tuple(map(float, bound.ravel())) for bound in (space.low, space.high))
-        return ("box", low, high), lambda row: row.reshape(space.shape).astype(space.dtype)
+        size = len(low)  # a row may be filled up
+        return ("box", low, high), lambda row: row[:size].reshape(space.shape).astype(space.dtype)
     raise ValueError(
         f"the action space {space} of {agent} is not supported; expected Discrete, MultiDiscrete with one axis, or a "
         "Box with finite bounds."
@@ -189,6 +190,14 @@ class Copies:
             for group, entries in self.views.items()
         }
         self.steps = [0] * len(self.envs)
+        self.whole = [False] * len(self.envs)  # all agents are there and none has ended
+        self.parts = {
+            agent: {key: array[:, i] for key, array in self.views[group].items()}
+            for agent, (group, i) in places.items()
+        }
+        for agent, part in self.parts.items():  # the group's may be filled up
+            shape = self.spaces[agent][0]
+            part["observation"] = part["observation"][(slice(None), *map(slice, shape))]
 
     def reset(self, seeds: dict[int, int]) -> None:
         """Starts an episode in the copies named, each from its seed."""
@@ -196,11 +205,13 @@ class Copies:
             env, root = self.envs[e - self.first], self.views[""]
             observations, infos = env.reset(seed=seed)
             self.steps[e - self.first] = 0
+            self.whole[e - self.first] = set(env.agents) == set(self.places)
             for agent, (group, i) in self.places.items():
                 own = self.views[group]
                 own["reward"][e, i] = own["terminated"][e, i] = own["truncated"][e, i] = 0
                 own["mask"][e, i] = agent in env.agents
                 self._observe(e, agent, observations, infos)
+            self._inform(e, infos)
             root["done"][e] = root["terminated"][e] = root["truncated"][e] = False
             self._state(e)
 
@@ -213,26 +224,31 @@ class Copies:
                     self.views[group]["reward"][e, i] = 0
                 continue
             rows = {a: self._own(a, "action")[e] for a in env.agents}
-            acting = [a for a in env.agents if not self._ended(e, a)]  # some keep the dead in the list
+            acting = set(env.agents)
+            if not self.whole[local]:  # some keep the dead in the list
+                acting = {a for a in acting if not self._ended(e, a)}
             shown = env.step({a: self.choices[a][1](row) for a, row in rows.items()})
             self.steps[local] += 1
             limit = self.max_steps is not None and self.steps[local] >= self.max_steps
-            self._ends(e, acting, shown[2], shown[3], limit)
+            ended = any(shown[2].values()) or any(shown[3].values()) or acting.symmetric_difference(env.agents)
+            if ended or limit or not self.whole[local]:  # else nothing of what follows changes
+                self.whole[local] = False
+                self._ends(e, acting, shown[2], shown[3], limit)
             for agent in self.places:
                 self._own(agent, "reward")[e] = shown[1].get(agent, 0) if agent in acting else 0
                 there = agent in acting or self._own(agent, "mask")[e]
                 self._observe(e, agent, shown[0] if there else {}, shown[4])
+            self._inform(e, shown[4])
             self._state(e)
 
     def _own(self, agent: str, key: str) -> Array:
         """An agent's part of an array, ``[E, ...]``."""
-        group, i = self.places[agent]
-        return self.views[group][key][:, i]
+        return self.parts[agent][key]
 
     def _ended(self, e: int, agent: str) -> bool:
         return bool(self._own(agent, "terminated")[e, 0] or self._own(agent, "truncated")[e, 0])
 
-    def _ends(self, e: int, acting: list[str], terminated: Any, truncated: Any, limit: bool) -> None:
+    def _ends(self, e: int, acting: set[Any], terminated: Any, truncated: Any, limit: bool) -> None:
         """Who ended, who is alive, and whether all ended: then the episode did, by truncation if that cut any off."""
         env, root = self.envs[e - self.first], self.views[""]
         for agent in acting:
@@ -260,17 +276,28 @@ class Copies:
 
     def _observe(self, e: int, agent: str, observations: Any, infos: Any) -> None:
         """What an agent sees; zeros for one that is gone, whose actions are all available and do nothing."""
-        group, i = self.places[agent]
-        own, observation, info = self.views[group], observations.get(agent), infos.get(agent)
-        info = info if isinstance(info, dict) else {}
+        own, observation = self.parts[agent], observations.get(agent)
         here = observation is not None
-        own["observation"][e, i] = self.spaces[agent][1](observation) if here else 0
+        own["observation"][e] = self.spaces[agent][1](observation) if here else 0
         if "action_mask" in own:
-            mask = _mask(observation, info) if own["mask"][e, i] else None
+            mask = _mask(observation, infos.get(agent)) if own["mask"][e] else None
             available = True if mask is None else _flat(mask)
-            own["action_mask"][e, i] = available if np.any(available) else True  # not on turn: acts in vain
-        for key in self.infos[group]:
-            own[f"info/{key}"][e, i] = np.reshape(info.get(key, 0), -1)
+            own["action_mask"][e] = available if np.any(available) else True  # not on turn: acts in vain
+
+    def _inform(self, e: int, infos: Any) -> None:
+        """The numbers among the infos; at once for all agents of a group that were handed the same ones."""
+        for group, keys in self.infos.items():
+            if not keys:
+                continue
+            members = [agent for agent, (name, _) in self.places.items() if name == group]
+            given = [infos.get(agent) for agent in members]
+            if all(info is given[0] for info in given):
+                members, given = [""], given[:1]
+            for agent, info in zip(members, given):
+                info = info if isinstance(info, dict) else {}
+                to = self.parts[agent] if agent else self.views[group]
+                for key in keys:
+                    to[f"info/{key}"][e] = np.reshape(info.get(key, 0), -1)
 
     def _state(self, e: int) -> None:
         if "state" in self.views[""]:

@@ -134,7 +134,7 @@ class Group:
             raise KeyError(f"no {key} in the tensordict; expected an action of shape {expected}.")
         if action.shape != expected:
             raise ValueError(f"{key} has shape {tuple(action.shape)}, expected {expected}.")
-        return action
+        return action.contiguous()  # compiled code relies on it, and agents' own networks stack theirs otherwise
 
     def refuse_unless(self, valid: Tensor) -> None:
         """Raises ValueError unless `valid` []; on a GPU asynchronously, and nowhere by a read of ours."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch.nn.utils.rnn import pad_sequence
 from torchrl.data import Bounded, Categorical, MultiCategorical, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
@@ -18,6 +19,8 @@ from tdmarl.envs.batched import ENDS, make_specs
 from tdmarl.envs.copies import Layout, views
 from tdmarl.envs.groups import make_group_map
 from tdmarl.envs.workers import InProcess, Processes
+
+Grouping: TypeAlias = "MarlGroupMapType | dict[str, list[str]]"
 
 
 class PettingZooEnv(EnvBase):
@@ -49,6 +52,8 @@ class PettingZooEnv(EnvBase):
         device (torch.device, optional): where the tensors are; None is torch's default device.
         group_map (dict or MarlGroupMapType, optional): names of the agents of each group.
         return_state (bool): False leaves ``env.state()`` alone, which can cost as much as a step.
+        pad (bool): agents of one name form a group though their spaces differ, if these are boxes: observations are
+            filled up with zeros, actions with dimensions whose bounds are both zero.
 
     Raises:
         TypeError, ValueError: no function, no PettingZoo environment, one that cannot be converted, a space that
@@ -71,8 +76,9 @@ class PettingZooEnv(EnvBase):
         *,
         num_envs: int | None = None,
         device: torch.device | str | None = None,
-        group_map: MarlGroupMapType | dict[str, list[str]] | None = None,
+        group_map: Grouping | None = None,
         return_state: bool = True,
+        pad: bool = False,
     ) -> None:
         if not callable(make_env):
             raise TypeError(
@@ -99,18 +105,18 @@ class PettingZooEnv(EnvBase):
         )
         self._workers, self._finalize = workers, weakref.finalize(self, workers.close)
         try:
-            self._bind(group_map, return_state)
+            self._bind(group_map, return_state, pad)
             self._set_seed(seed)
         except BaseException:
             self._finalize()
             raise
 
-    def _bind(self, group_map: MarlGroupMapType | dict[str, list[str]] | None, return_state: bool) -> None:
+    def _bind(self, group_map: Grouping | None, return_state: bool, pad: bool) -> None:
         """Groups, arrays and specs from what a copy says of itself."""
         about = self._workers.describe()
         agents = {str(agent): kind for agent, kind in about["agents"].items()}
         sizes = [(kind["observation"], _size(kind["action"])) for kind in agents.values()]
-        self.group_map = make_group_map(list(agents), sizes, group_map, pad=False)
+        self.group_map = make_group_map(list(agents), sizes, group_map, pad=pad)
         kinds = {group: [agents[name] for name in names] for group, names in self.group_map.items()}
         layout, size = _layout(self.num_envs, kinds, about["state"] if return_state else None)
         places = {name: (group, i) for group, names in self.group_map.items() for i, name in enumerate(names)}
@@ -251,8 +257,20 @@ def _action_spec(kinds: list[dict[str, Any]]) -> TensorSpec:
     if actions[0][0] == "multidiscrete":
         nvec = torch.tensor(actions[0][1])
         return MultiCategorical(nvec.expand(n, -1), shape=(n, len(nvec)))
-    low, high = (torch.tensor([action[i] for action in actions]) for i in (1, 2))
+    low, high = (pad_sequence([torch.tensor(action[i]) for action in actions], True) for i in (1, 2))
     return Bounded(low, high, low.shape, dtype=torch.float32)
+
+
+def _padded(group: str, agents: list[dict[str, Any]]) -> tuple[int, ...]:
+    """The shape of a group's observations, that of each agent unless they are filled up."""
+    shapes = {agent["observation"] for agent in agents}
+    if len(shapes) == 1 and len({_size(agent["action"]) for agent in agents}) == 1:
+        return agents[0]["observation"]
+    if any(len(shape) != 1 for shape in shapes) or any(agent["action"][0] != "box" for agent in agents):
+        found = [(agent["observation"], agent["action"][0]) for agent in agents]
+        raise ValueError(f"group {group!r} cannot be filled up to one size: its agents see and do {found}; only boxes "
+                         "of one dimension can. Leave pad=True away.")  # fmt: skip
+    return max(shapes)
 
 
 def _layout(num_envs: int, kinds: dict[str, list[dict[str, Any]]], state: int | None) -> tuple[Layout, int]:
@@ -262,14 +280,15 @@ def _layout(num_envs: int, kinds: dict[str, list[dict[str, Any]]], state: int | 
         entries[""]["state"] = (state,), "f4"
     for group, agents in kinds.items():
         n, action = len(agents), agents[0]["action"]
+        seen = _padded(group, agents)
         own: dict[str, tuple[tuple[int, ...], str]] = {
-            "observation": ((n, *agents[0]["observation"]), "f4"),
+            "observation": ((n, *seen), "f4"),
             "reward": ((n, 1), "f4"),
             "terminated": ((n, 1), "?"),
             "truncated": ((n, 1), "?"),
             "mask": ((n,), "?"),
             "action": (
-                (n,) if action[0] == "discrete" else (n, len(action[1])),
+                (n,) if action[0] == "discrete" else (n, max(len(agent["action"][1]) for agent in agents)),
                 "f4" if action[0] == "box" else "i8",
             ),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from torchrl.modules import ProbabilisticActor
 
 import tdmarl
 from tdmarl.actors import MaskedCategorical, agent_actor
-from tdmarl.algorithms import happo
+from tdmarl.algorithms import haa2c, happo, hatrpo
 from tdmarl.learners import AgentUpdate, BatchBuffer, SequentialLearner
 from tdmarl.losses import PolicyLoss
 from tdmarl.prepare import HAPPOFactor
@@ -155,6 +156,26 @@ def test_factors_telescope_to_the_teams_improvement():
         3.76 - 2.625, abs=1e-6
     )
     assert (td["g", "factor"][:, 0, 0] * reward / 8).sum().item() == pytest.approx(3.76, abs=1e-5)
+
+
+def test_factors_decompose_the_advantage_of_a_joint_action():
+    """``A(u)`` is the sum of what each agent adds to the choices before it: for u = (1, 0, 1) and the order 2, 0, 1
+    0.375 + 2.0 + 1.5 = 3.875. Each agent's new policy is sure of its choice; marginals would add up to 2.25."""
+    u, reward = joint_game()
+    advantage, chosen = reward - reward.mean(), torch.tensor([1, 0, 1])
+    after = torch.where(u == chosen, 0.0, -torch.inf)  # [8, 3]
+    before = torch.full_like(after, 0.5).log()
+    td = TensorDict({"g": {"factor": torch.ones(8, 3, 1)}}, [8])
+    added = []
+    for agent in (2, 0, 1):
+        ratio = (after - before)[:, agent].exp()
+        added.append(((ratio - 1) * td["g", "factor"][:, agent, 0] * advantage / 8).sum().item())
+        td["g", "log_prob_before"], td["g", "log_prob_after"] = (x[:, agent : agent + 1] for x in (before, after))
+        td = HAPPOFactor("g")(td)
+    assert added == pytest.approx([0.375, 2.0, 1.5], abs=1e-6)
+    assert advantage[(u == chosen).all(-1)].item() == pytest.approx(3.875)
+    marginals = sum(((u[:, i] == chosen[i]) * 2 - 1) * advantage for i in range(3)).sum() / 8
+    assert marginals.item() == pytest.approx(2.25)
 
 
 def factor_of(before, after, **options):
@@ -474,3 +495,105 @@ def test_own_actors_agent_by_agent_may_not_remember():
     own = {"agents": [agent_actor(whole, i, {}) for i in range(3)]}
     with pytest.raises(ValueError, match="recurrent='gru'"):
         happo(env, actor=own)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_haa2c_follows_the_unclipped_policy_gradient(epochs):
+    """SGD on ``E[r M A]``, whose gradient in the first epoch is ``E[M A grad log pi]``; happo's clip ends earlier."""
+    env, ended = ToyEnv(), {}
+    options = {"hidden": (16,), "order": (1, 0, 2), "entropy_coeff": 0.0, "max_grad_norm": None, "num_epochs": epochs}
+    batch = batch_of(env, haa2c(env, **options))
+    for build, more in ((haa2c, {}), (happo, {"clip_epsilon": 0.01})):
+        algo = build(env, optim=lambda p: torch.optim.SGD(p, 0.1), **options, **more)
+        agent = algo.learner.agents[1]  # the first in the order: its factor is one
+        view = agent.view(algo.learner.prepare(batch.copy()))
+        mine = copy.deepcopy(agent.actor)
+        params = list(mine.parameters())
+        for epoch in range(epochs):
+            log_prob = mine.get_dist(view.select("observation")).log_prob(view["action"])
+            ratio = (log_prob - view["action_log_prob"]).exp() if epoch else log_prob
+            gain = (ratio.unsqueeze(-1) * view["advantage"]).mean()
+            with torch.no_grad():
+                for p, g in zip(params, torch.autograd.grad(gain, params)):
+                    p += 0.1 * g
+        algo.learner(batch)
+        ended[build] = [torch.cat([p.detach().flatten() for p in who.parameters()]) for who in (mine, agent.actor)]
+    torch.testing.assert_close(*ended[haa2c], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(*ended[happo], rtol=1e-4, atol=1e-6) == (epochs == 1)
+
+
+def recorded(algo):
+    """What each agent's step of a hatrpo learner returned, in order, and its KL measured again over the batch."""
+    found = []
+    for i, agent in enumerate(algo.learner.agents):
+
+        def take(rows, step=agent.step):
+            with torch.no_grad():
+                before = step._dist(rows)
+            metrics = step(rows)
+            with torch.no_grad():
+                after = step._dist(rows)
+            kl = torch.distributions.kl_divergence(before, after)
+            mask = rows.get("mask", torch.ones_like(kl, dtype=torch.bool))
+            ratio = (after.log_prob(rows["action"]) - before.log_prob(rows["action"])).exp()
+            gain = ((ratio - 1) * rows["advantage"].squeeze(-1))[mask].mean()
+            found.append({key: metrics[key].item() for key in ("accepted", "kl", "surrogate_gain")})
+            found[-1] |= {"measured": kl[mask].mean().item(), "gained": gain.item()}
+            return metrics
+
+        algo.learner._take[i] = take
+    return found
+
+
+@pytest.mark.parametrize("choices", [0, 3])
+def test_every_accepted_trust_region_step_keeps_its_bound_and_its_surrogate_does_not_fall(choices):
+    env = ToyEnv(batch=(16,), choices=choices, mortal=True)
+    algo = hatrpo(env, max_kl=0.02, hidden=(16,), num_epochs=2)
+    steps, before = recorded(algo), tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"].mean()
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=320, seed=0)
+    for _ in range(10):
+        metrics = algo.learner(collector.rollout())
+    assert len(steps) == 30 and sum(step["accepted"] for step in steps) >= 24
+    for step in steps:
+        assert step["kl"] < 0.02 and step["surrogate_gain"] >= 0
+        if step["accepted"]:
+            assert step["measured"] == pytest.approx(step["kl"], rel=1e-2, abs=1e-6) and step["gained"] > 0
+        else:
+            assert step["measured"] == 0
+    assert {"accepted", "kl", "surrogate_gain", "grad_norm_actor", "grad_norm_critic"} <= set(metrics.keys())
+    if not choices:  # the toy rewards what is near its target
+        assert tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"].mean() > before
+
+
+@pytest.mark.parametrize("recurrent", [None, 8])
+def test_trust_regions_of_unlike_agents_resume_to_the_last_bit(recurrent):
+    env = ToyEnv(groups={"a": (2, 3, 1), "b": (1, 5, 2)})
+    memory = RECURRENT if recurrent else {"hidden": (8,)}
+    one, two = (hatrpo(env, ("a", "b"), seed=seed, **memory) for seed in (0, 1))
+    batch = collected(env, one)
+    assert torch.isfinite(torch.stack(list(one.learner(batch).values()))).all()
+    two.learner.load_state_dict(one.learner.state_dict())
+    metrics = [algo.learner(batch) for algo in (one, two)]
+    assert metrics[0]["accepted"] > 0 and one.learner.last_order == two.learner.last_order
+    assert torch.equal(parameters(one), parameters(two))
+
+
+def test_a_trust_region_solves_the_agreement_that_sharing_cannot():
+    env = Agreement(batch=(64,), groups={"agents": (2, 2, 1)}, choices=2, horizon=1)
+    algo = hatrpo(env, max_kl=0.05, hidden=(16,), layer_norm=False, seed=1)
+    collector = tdmarl.Collector(env, algo.explore, frames_per_batch=256, seed=1)
+    for _ in range(60):
+        algo.learner(collector.rollout())
+        if expected_return(env, algo, 2) > 0.97:
+            break
+    assert expected_return(env, algo, 2) > 0.95
+
+
+def test_what_an_algorithm_of_the_family_lacks_is_refused_by_name():
+    env = ToyEnv()
+    with pytest.raises(TypeError, match="clip_epsilon"):
+        haa2c(env, clip_epsilon=0.1)
+    with pytest.raises(TypeError, match="entropy_coeff"):
+        hatrpo(env, entropy_coeff=0.1)
+    with pytest.raises(ValueError, match="max_kl"):
+        hatrpo(env, max_kl=-1.0)
