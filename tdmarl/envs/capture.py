@@ -13,7 +13,7 @@ from tdmarl.envs.layout import environments_last, last
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
 # of its uses.
-_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 2}
+_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 2, "size_asserts": False}
 
 
 class Part(NamedTuple):
@@ -34,7 +34,8 @@ class Function:
         carry (set of int): outputs that are the inputs of the same place in the next call.
         mode (str): "trace" runs the graph as it is, "compile" compiles it, "cudagraph" also captures it.
         streams (context): where random numbers come from.
-        rows (set of int): which inputs are, and which outputs become, contiguous; others have environments last.
+        rows (pair of sets of int, optional): which inputs are, and which outputs become, contiguous; others have
+            environments last. None leaves the graph's order in memory as it is.
         shared (set of int): inputs that are another captured function's own and are used where they are.
     """
 
@@ -46,15 +47,18 @@ class Function:
         carry: set[int],
         mode: str,
         streams: Any,
-        rows: tuple[set[int], set[int]],
+        rows: tuple[set[int], set[int]] | None,
         shared: set[int],
     ) -> None:
         outputs = list(range(tracing.outputs(graph)))
         self._used = sorted(tracing.needed(graph, outputs))
         tracing.restrict(graph, self._used, outputs)
         self._streams: Any = streams if tracing.has_draws(graph) else contextlib.nullcontext()
-        inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
-        graph = environments_last(graph, inputs, envs, contiguous=rows[1])
+        if rows is None:
+            inputs = [inputs[i] for i in self._used]
+        else:
+            inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
+            graph = environments_last(graph, inputs, envs, contiguous=rows[1])
         self.operations = tracing.operations(graph)
         self._call: Callable[..., Any] = graph
         if mode != "trace":

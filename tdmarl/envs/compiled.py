@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,21 @@ from tdmarl.envs.recording import Recording
 from tdmarl.envs.slots import python_values, walk
 
 _PERIOD = 16  # resets between two draws of initial states for all environments
+
+
+class Transition(NamedTuple):
+    """A step and the reset of what ended, as tensors in the order of a recording's keys."""
+
+    shown: list[Tensor]  # after the step
+    rewards: list[Tensor]
+    totals: list[Tensor]  # of each episode up to this step
+    following: list[Tensor]  # what is shown where finished environments are reset
+    sums: list[Tensor]  # totals, begun anew in those
+
+
+def is_surely_false(flags: Tensor) -> bool:
+    """Whether no flag is set, if that is known without waiting: on a CPU, where memory is looked at; else no."""
+    return flags.device.type == "cpu" and not flags.numpy().any()
 
 
 class CompiledVmas:
@@ -51,12 +66,14 @@ class CompiledVmas:
     ) -> None:
         if core.slots.changing:
             raise tracing.Untraceable(f"the Python value {core.slots.changing[0]} changes from step to step")
-        self._core, self._groups = core, display.groups if check else []
+        self._core, self._groups, self._check = core, display.groups, check
         self._envs, self._spare_resets = core.simulation.envs, spare_resets
+        # On a CPU it is known when an environment has no spare left; elsewhere nobody asks.
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
+        self._period *= core.simulation.device.type != "cpu"
         self._spares: list[Tensor] | None = None
         self._own: dict[str, Tensor] | None = None
-        self._until_refill = 0
+        self._until_refill, self._lacks = 0, True
         simulation, saved = core.simulation, {name: value.clone() for name, value in core._read().items()}
         streams, fixed_size, grad_mode = core.streams.state(), simulation.fixed_size, simulation.grad_mode
         core.held, simulation.fixed_size, simulation.grad_mode = None, True, torch.no_grad
@@ -72,32 +89,57 @@ class CompiledVmas:
             core._write({name: value.clone() for name, value in saved.items()})
         self._hold([last(saved[name], self._envs) for name in self.recording.names])
         self._frozen_at = self._frozen()
+        self._done = self.recording.paths.index(("done",))
 
     def step(self, actions: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Nested entries and rewards after a step with one action per group."""
-        recording, groups = self.recording, self._groups
-        outputs = recording.step(self._state() + actions)
-        n, m = len(recording.names), recording.shown.num_leaves
-        valid, shown, rewards = outputs[n : n + len(groups)], n + len(groups), n + len(groups) + m
-        for group, flag in zip(groups, valid):
-            group.refuse_unless(flag)
-        self._hold(outputs[:n])
-        entries = pytree.tree_unflatten(outputs[shown:rewards], recording.shown)
-        return entries, pytree.tree_unflatten(outputs[rewards:], recording.rewards)
+        shown, (rewards, _, _) = self._advance(actions, self.recording.no_sums)
+        nested = {group: {name: value} for (group, name), value in zip(self.recording.reward_paths, rewards)}
+        return pytree.tree_unflatten(shown, self.recording.shown), nested
 
     def reset(self, mask: Tensor, shown: TensorDict) -> dict[str, Any]:
         """Resets the environments where `mask` [E] is True; of the others the entries stay `shown`."""
-        recording = self.recording
-        state, leaves = self._state(), [shown.get(path) for path in recording.paths]
+        shown_before = [shown.get(path).contiguous() for path in self.recording.paths]
+        leaves = self._restart(mask.contiguous(), shown_before)
+        return pytree.tree_unflatten(leaves, self.recording.shown)
+
+    def transition(self, entries: Any, sums: list[Tensor]) -> Transition:
+        """A step, and the reset of what ended in it.
+
+        Args:
+            entries (mapping): has each group's action under `(group, "action")`.
+            sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
+        """
+        shown, (rewards, totals, sums) = self._advance([group.action(entries) for group in self._groups], sums)
+        mask = shown[self._done].squeeze(-1)
+        following = shown if is_surely_false(mask) else self._restart(mask, shown)
+        return Transition(shown, rewards, totals, following, sums)
+
+    def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        recording, groups = self.recording, self._groups
+        # As they were recorded: compiled code does not look.
+        given = [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
+        outputs = recording.step(self._state() + given + sums)
+        n, m, k = len(recording.names), recording.shown.num_leaves, len(sums)
+        start = n + (len(groups) if self._check else 0)
+        for group, flag in zip(groups, outputs[n:start]):
+            group.refuse_unless(flag)
+        self._hold(outputs[:n])
+        returns = outputs[start + m :]
+        return outputs[start : start + m], [returns[:k], returns[k : 2 * k], returns[2 * k :]]
+
+    def _restart(self, mask: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        recording, state = self.recording, self._state()
         n, m = len(state), len(leaves)
         if self._spare_resets:
             spares = self._filled(state)
-            outputs = recording.take(state + leaves + spares + [mask])
+            *outputs, lacks = recording.take(state + leaves + spares + [mask])
             self._spares = outputs[n + m :] + spares[3:]
+            self._lacks = not is_surely_false(lacks)
         else:
             outputs = recording.renew(state + leaves + [mask])
         self._hold(outputs[:n])
-        return pytree.tree_unflatten(outputs[n : n + m], recording.shown)
+        return outputs[n : n + m]
 
     def forget_spares(self) -> None:
         """The next reset draws anew, as after a seed."""
@@ -122,6 +164,7 @@ class CompiledVmas:
         device = self._core.simulation.device
         ordered = [drawn[f"drawn:{i}"].to(device, copy=True) for i in range(len(drawn))]
         self._spares = [last(x, self._envs) for x in ordered] or None
+        self._lacks = self._spares is not None and bool((self._spares[0] == 0).any())
 
     def is_stale(self) -> bool:
         """Whether a Python value or a fixed tensor of the scenario, frozen in the graphs, has changed."""
@@ -140,8 +183,9 @@ class CompiledVmas:
 
     def _filled(self, state: list[Tensor]) -> list[Tensor]:
         if self._spares is None:
-            self._spares, self._until_refill = self.recording.refill(self.recording.empty + state), 0
-        if self._until_refill == 0:
+            self._spares = self.recording.refill(self.recording.empty + state)
+            self._until_refill, self._lacks = 0, True
+        if self._lacks and self._until_refill <= 0:
             self._spares, self._until_refill = self.recording.refill(self._spares + state), self._period
         self._until_refill -= 1
         return self._spares

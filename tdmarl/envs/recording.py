@@ -2,10 +2,13 @@
 
 Every function takes what it carries on from call to call first, and returns that first:
 
-    step    state, actions                       -> state, whether actions are valid, what is shown, rewards
+    step    state, actions, sums                 -> state, whether actions are valid, what is shown, returns
     refill  counters, spares, state              -> counters, spares
-    take    state, shown, counters, spares, mask -> state, shown, counters
+    take    state, shown, counters, spares, mask -> state, shown, counters, whether a spare is lacking
     renew   state, shown, mask                   -> state, shown                              (without spares)
+
+Returns are the rewards, the sums of each episode's rewards up to them, and these sums for the next step, which begin
+anew where an episode ended.
 
 A step with many substeps is cut into `begin` (actions, first substep), `go_on` (one substep, called again and
 again) and `end`, so that graphs stay small. Spares are two layers of what a reset writes and shows, with three
@@ -40,8 +43,8 @@ class _Recorder:
 
     names: list[str]
     shown: Any
-    rewards: Any
     paths: list[tuple[str, ...]]
+    reward_paths: list[tuple[str, ...]]
 
     def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool) -> None:
         self._core, self._display, self._mode, self._check = core, display, mode, check
@@ -66,14 +69,18 @@ class _Recorder:
                 agents[i] = own
         return agents, valid
 
-    def _entries(self, out: Any) -> list[Tensor]:
+    def _entries(self, out: Any, sums: tuple[Tensor, ...] = ()) -> list[Tensor]:
         entries = self._display.with_ends(self._display(out, self._core.simulation.steps))
         shown, self.shown = pytree.tree_flatten(entries)
         self.paths = [_keys(path) for path, _ in pytree.tree_flatten_with_path(entries)[0]]
         if not out.reward:
             return shown
-        rewards, self.rewards = pytree.tree_flatten(self._display.rewards(out))
-        return shown + rewards
+        rewards = self._display.rewards(out)
+        self.reward_paths = [_keys(path) for path, _ in pytree.tree_flatten_with_path(rewards)[0]]
+        earned: list[Tensor] = pytree.tree_leaves(rewards)
+        totals = [total + reward for total, reward in zip(sums, earned)]
+        done = entries["done"].unsqueeze(-1)  # [E, 1, 1]
+        return [*shown, *earned, *totals, *(total.masked_fill(done, 0) for total in totals)]
 
     def _draw(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
@@ -110,8 +117,9 @@ class Recording(_Recorder):
 
     Attributes:
         names (list of str): what of the state is carried on, because something shown depends on it.
-        shown, rewards (TreeSpec): how the entries nest.
-        paths (list of tuples): the keys of what is shown.
+        shown (TreeSpec): how the entries nest.
+        paths, reward_paths (lists of tuples): the keys of what is shown, and of rewards.
+        no_sums (list of Tensor): sums of rewards at the beginning of episodes.
         empty (list of Tensor): counters and spares before the first refill.
         report (dict): what each function took.
 
@@ -124,6 +132,9 @@ class Recording(_Recorder):
         state = {name: last(value.clone(), self._envs) for name, value in core._read().items()}
         self._all, values = list(state), list(state.values())
         actions = [group.actions.random(self._envs) for group in display.groups]
+        self.no_sums = [
+            torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device) for group in display.groups
+        ]
         moves, seconds = self._trace_moves(values, actions)
         draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
         roots = {i for i, name in enumerate(self._all) if name.endswith(_SEEN)}
@@ -131,7 +142,8 @@ class Recording(_Recorder):
         self.names = [self._all[i] for i in live]
         values = [values[i] for i in live]
         self._make_moves(moves, seconds, live, values, actions)
-        values = next(iter(self._moves.values())).own(values + actions)[: len(live)]
+        first = next(iter(self._moves.values()))
+        values = first.own(values + actions + self.no_sums)[: len(live)]
         # What is one for the batch stays as it is at a reset.
         written = core.slots.reset_names | {"steps"}
         self._reset_places = [
@@ -148,12 +160,12 @@ class Recording(_Recorder):
         """See the head of this file."""
         if "step" in self._moves:
             return self._moves["step"](inputs)
-        n = len(self.names)
-        outputs = self._moves["begin"](inputs)
+        n, sums = len(self.names), len(inputs) - len(self.no_sums)
+        outputs = self._moves["begin"](inputs[:sums])
         state, valid = outputs[:n], outputs[n:]
         for _ in range(self._core.simulation.world._substeps - 1):
             state = self._moves["go_on"](state)
-        outputs = self._moves["end"](state)
+        outputs = self._moves["end"](state + inputs[sums:])
         return outputs[:n] + valid + outputs[n:]
 
     def _trace_moves(
@@ -169,12 +181,12 @@ class Recording(_Recorder):
         if substeps > 1:
             record("begin", self._begin, values + actions)
             record("go_on", self._go_on, values)
-            record("end", self._end, values)
+            record("end", self._end, values + self.no_sums)
             once, again, end = map(tracing.operations, found.values())
             if once + (substeps - 1) * again + end > _LARGE:
                 return found, seconds
             found, seconds = {}, {}
-        record("step", self._whole, values + actions)
+        record("step", self._whole, values + actions + self.no_sums)
         return found, seconds
 
     def _make_moves(
@@ -188,7 +200,7 @@ class Recording(_Recorder):
         self._moves: dict[str, Function] = {}
         n, old = len(live), len(self._all)
         for name, graph in moves.items():
-            given = actions if name in ("step", "begin") else []
+            given = [*(actions if name in ("step", "begin") else []), *(self.no_sums if name in ("step", "end") else [])]
             others = tracing.outputs(graph) - old
             acts, rest = range(old, old + len(given)), range(old, old + others)
             tracing.restrict(graph, [*live, *acts], [*live, *rest])
@@ -201,9 +213,11 @@ class Recording(_Recorder):
 
     def _whole(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
-        agents, valid = self._decode(leaves[len(self._all) :])
+        n = len(self._all)
+        sums = n + len(self._display.groups)
+        agents, valid = self._decode(leaves[n:sums])
         out = self._core.simulation.advance(agents)
-        return [*self._state(), *valid, *self._entries(out)]
+        return [*self._state(), *valid, *self._entries(out, leaves[sums:])]
 
     def _begin(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
@@ -219,7 +233,7 @@ class Recording(_Recorder):
     def _end(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
         out = self._core.simulation.end()
-        return self._state() + self._entries(out)
+        return self._state() + self._entries(out, leaves[len(self._all) :])
 
     def _make_reset(self, state: list[Tensor], seconds: float, spares: bool) -> None:
         n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
@@ -276,8 +290,9 @@ class Recording(_Recorder):
         new = [_where(second, b, a) for a, b in zip(layers[:k], layers[k:])]
         has = mask & (count > 0)
         lacking = (mask & (count == 0)).any()
-        counters = [count - has.to(count.dtype), second ^ has, short | lacking]
-        return self._merged(list(leaves[:n]), new, mask) + counters
+        left = count - has.to(count.dtype)
+        counters = [left, second ^ has, short | lacking]
+        return [*self._merged(list(leaves[:n]), new, mask), *counters, (left == 0).any()]
 
     def _merged(self, carried: list[Tensor], new: list[Tensor], mask: Tensor) -> list[Tensor]:
         """State and what is shown, with what was drawn in the environments of the mask."""

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
 from tdmarl.envs.actions import ActionOptions
 from tdmarl.envs.capture import Part
-from tdmarl.envs.compiled import CompiledVmas
+from tdmarl.envs.compiled import CompiledVmas, is_surely_false
 from tdmarl.envs.functional import FunctionalVmas, Merge
 from tdmarl.envs.groups import Display, make_groups, make_specs
 from tdmarl.envs.scenarios import replaced
@@ -319,8 +320,8 @@ class VmasEnv(_Saved):
         """What the policy sees after a step: the `next` entries of that step, with finished environments
         reset.
 
-        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. The eager mode does nothing on the
-        CPU when no environment ended; otherwise nothing is asked.
+        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. On a CPU nothing is done when no
+        environment ended; elsewhere nothing is asked.
 
         Args:
             next_tensordict (TensorDict): `tensordict["next"]` of the step made last.
@@ -329,9 +330,21 @@ class VmasEnv(_Saved):
             A new tensordict [E] with the observation entries and done, terminated, truncated; no reward.
         """
         done = next_tensordict.get("done")
-        if self.mode == "eager" and done.device.type == "cpu" and not done.any():
+        if is_surely_false(done):
             return self._last.copy()
         return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
+
+    def transitions(self) -> CompiledVmas | None:
+        """What makes a step and the reset of what ended as functions of tensors, for a collector; None if it runs
+        eagerly, or if a subclass changes what a step or a reset does."""
+        if any(getattr(type(self), name) is not getattr(VmasEnv, name) for name in ("step", "_step", "_reset")):
+            return None
+        return self._runner()
+
+    def go_on_from(self, shown: list[Tensor]) -> None:
+        """Takes what the last of `transitions` showed for this environment's present."""
+        assert self._compiled is not None
+        self._last = self._tensordict(pytree.tree_unflatten(shown, self._compiled.recording.shown))
 
     def _say_if_short(self) -> None:
         if self._compiled is not None and self._compiled.ran_short:
