@@ -25,7 +25,7 @@ from tdmarl.envs.capture import Function
 CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
 _MOST_BUILDS = 3
 _TRUSTED = "torch", "tensordict", "torchrl", "tdmarl"
-_DEPTH = 4
+_DEPTH, _MOST_ENTRIES = 4, 256  # how far a policy's Python is looked through
 
 Key = tuple[str, ...]
 Leaves = dict[Key, Tensor]
@@ -202,8 +202,10 @@ def _plain(value: Any, depth: int) -> Any:
         return repr(value)
     if isinstance(value, Tensor):
         return id(value), value._version
-    if depth > _DEPTH or isinstance(value, (type, nn.Module)):
+    if depth > _DEPTH or isinstance(value, (type, types.ModuleType, nn.Module)):
         return id(value)
+    if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > _MOST_ENTRIES:
+        return id(value), len(value)
     if isinstance(value, dict):
         return [(str(k), _plain(v, depth + 1)) for k, v in list(value.items()) if k not in _OWN]
     if isinstance(value, (list, tuple, set, frozenset)):

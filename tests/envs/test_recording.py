@@ -96,7 +96,7 @@ def on_meta(graph: fx.GraphModule) -> fx.GraphModule:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_run_without_a_device(name: str) -> None:
-    env = make(name)
+    env = make(name, max_steps=1)
     recorded = env._compiled.recording
     seen: dict[str, list[Tensor]] = {}
     for key, function in functions(env).items():
