@@ -10,12 +10,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from tdmarl import reduce
-from tdmarl.actors import choices
+from tdmarl.actors import choices, one_hot
 from tdmarl.keys import Group, Team, entry, team
 from tdmarl.nets import Sharing
 from tdmarl.recurrent import agent_net, as_module
@@ -93,7 +92,7 @@ class JointInput(nn.Module):
         if nvec is None:
             return action.float().flatten(-2)
         parts = action.unbind(-1) if len(nvec) > 1 else (action,)
-        return torch.cat([F.one_hot(p, k) for p, k in zip(parts, nvec)], -1).float().flatten(-2)
+        return torch.cat([one_hot(p, k) for p, k in zip(parts, nvec)], -1).float().flatten(-2)
 
 
 class _Valued(nn.Module):

@@ -11,12 +11,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from tdmarl.actors import choices
+from tdmarl.actors import choices, one_hot
 from tdmarl.keys import Group, team
 from tdmarl.nets import Sharing
 from tdmarl.recurrent import Recurrent, agent_net
@@ -53,7 +52,7 @@ class Actions:
     def action(self, index: Tensor) -> Tensor:
         """The environment's way of writing action number ``index`` ``[*B, n]``."""
         if self.one_hot:
-            return F.one_hot(index, self.count).to(self.dtype)
+            return one_hot(index, self.count).to(self.dtype)
         if len(self.nvec) == 1:
             return index
         parts = [
@@ -72,7 +71,7 @@ class Actions:
 
     def encode(self, action: Tensor) -> Tensor:
         """An action as a network's input, ``[*B, n, count]``."""
-        return F.one_hot(self.index(action), self.count).to(torch.get_default_dtype())
+        return one_hot(self.index(action), self.count).to(torch.get_default_dtype())
 
 
 def best(values: Tensor, available: Tensor | None) -> Tensor:

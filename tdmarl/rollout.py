@@ -58,7 +58,8 @@ class Layout:
     """
 
     def __init__(self, root: TensorDictBase) -> None:
-        self.device, self._sizes = root.device, {(): root.batch_size}
+        self.device = root.device
+        self._sizes: dict[Key, torch.Size] = {(): root.batch_size}
         for key, value in root.items(include_nested=True):
             if isinstance(value, TensorDictBase):
                 self._sizes[as_tuple(key)] = value.batch_size
@@ -189,7 +190,9 @@ def frozen(policy: nn.Module) -> Any:
         found.append((name, type(module), _plain(vars(module), 0)))
         for kind in type(module).__mro__:
             if not kind.__module__.startswith(_TRUSTED):
-                found += [_plain(value, 1) for value in vars(kind).values() if isinstance(value, types.FunctionType)]
+                found += [
+                    _plain(value, 1) for value in vars(kind).values() if isinstance(value, types.FunctionType)
+                ]
     return found
 
 
@@ -198,7 +201,9 @@ _OWN = "_parameters", "_buffers", "_modules"
 
 def _plain(value: Any, depth: int) -> Any:
     """A value as something that is equal exactly if the value is; objects of others by identity."""
-    if isinstance(value, (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)):
+    if isinstance(
+        value, (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
+    ):
         return repr(value)
     if isinstance(value, Tensor):
         return id(value), value._version
@@ -214,7 +219,9 @@ def _plain(value: Any, depth: int) -> Any:
         return _plain(value.__func__, depth), _plain(value.__self__, depth + 1)
     if isinstance(value, types.FunctionType):
         return _function(value, depth)
-    if hasattr(value, "__dict__") and not type(value).__module__.startswith(("torch", "tensordict", "torchrl")):
+    if hasattr(value, "__dict__") and not type(value).__module__.startswith(
+        ("torch", "tensordict", "torchrl")
+    ):
         return id(value), _plain(vars(value), depth + 1)
     return id(value)
 
@@ -254,7 +261,9 @@ class Rollout:
         self._hidden = [as_tuple(key) for key in hidden]
         self._act: Act | None = None
         self._builds = 0
-        self.reason: str | None = None if isinstance(policy, TensorDictModuleBase) else "it is no TensorDictModule"
+        self.reason: str | None = (
+            None if isinstance(policy, TensorDictModuleBase) else "it is no TensorDictModule"
+        )
 
     def is_possible(self) -> bool:
         """Whether the environment offers its functions; one that is compiled at its first use is compiled here."""
@@ -307,7 +316,9 @@ class Rollout:
         for key in self._hidden:
             value = step.get(("next", *key))
             if value is None:
-                raise KeyError(f"The policy declares the hidden state {key} but did not write {('next', *key)}.")
+                raise KeyError(
+                    f"The policy declares the hidden state {key} but did not write {('next', *key)}."
+                )
             following[key] = value.masked_fill(done.reshape(-1, *[1] * (value.ndim - 1)), 0)
         following["is_init",] = done
         return step, following, found.following

@@ -108,7 +108,6 @@ class Captured:
         record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ) -> None:
         self.inputs = [x if i in own else torch.empty_like(x).copy_(x) for i, x in enumerate(inputs)]
-        self._back = back
         outputs: list[Tensor] = []
 
         def run() -> None:
@@ -120,19 +119,19 @@ class Captured:
         self._replay = (record or _capture)(run)
         torch._foreach_copy_(self.inputs, saved)  # recording may have run the function
         self._outputs = outputs
+        self._carried = {o: self.inputs[i] for i, o in back}
+        self._fresh = [o for o in range(len(outputs)) if o not in self._carried]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         moved = [(mine, x) for mine, x in zip(self.inputs, inputs) if mine is not x]
         if moved:
             torch._foreach_copy_([mine for mine, _ in moved], [x for _, x in moved])
         self._replay()
-        carried = {o: self.inputs[i] for i, o in self._back}
-        fresh = [i for i in range(len(self._outputs)) if i not in carried]
-        found = [torch.empty_like(self._outputs[i]) for i in fresh]
+        found = [torch.empty_like(self._outputs[o]) for o in self._fresh]
         if found:
-            torch._foreach_copy_(found, [self._outputs[i] for i in fresh])
-        copies = dict(zip(fresh, found))
-        return [carried[i] if i in carried else copies[i] for i in range(len(self._outputs))]
+            torch._foreach_copy_(found, [self._outputs[o] for o in self._fresh])
+        copies = dict(zip(self._fresh, found))
+        return [self._carried[o] if o in self._carried else copies[o] for o in range(len(self._outputs))]
 
 
 def _capture(run: Callable[[], None]) -> Callable[[], None]:

@@ -110,7 +110,9 @@ class CompiledVmas:
             entries (mapping): has each group's action under `(group, "action")`.
             sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
         """
-        shown, (rewards, totals, sums) = self._advance([group.action(entries) for group in self._groups], sums)
+        shown, (rewards, totals, sums) = self._advance(
+            [group.action(entries) for group in self._groups], sums
+        )
         mask = shown[self._done].squeeze(-1)
         following = shown if is_surely_false(mask) else self._restart(mask, shown)
         return Transition(shown, rewards, totals, following, sums)

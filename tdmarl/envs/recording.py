@@ -41,7 +41,6 @@ Traced = Callable[..., list[Tensor]]
 class _Recorder:
     """What recording a step and recording a reset have in common."""
 
-    names: list[str]
     shown: Any
     paths: list[tuple[str, ...]]
     reward_paths: list[tuple[str, ...]]
@@ -105,7 +104,80 @@ class _Recorder:
         return function
 
 
-class Recording(_Recorder):
+class _Resets(_Recorder):
+    """Recording of resets, once what a step carries on is known."""
+
+    names: list[str]
+    _reset_places: list[int]
+    _draw_graph: fx.GraphModule
+
+    def _make_reset(self, state: list[Tensor], seconds: float, spares: bool) -> None:
+        n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
+        with torch.no_grad():
+            drawn = [last(x, self._envs) for x in self._draw_graph(*state)]
+        shown, mask = (
+            drawn[len(self._reset_places) :],
+            torch.zeros(self._envs, dtype=torch.bool, device=device),
+        )
+        carried = set(range(n, n + m))
+        self.empty: list[Tensor] = []
+        if not spares:
+            graph, traced = _timed(lambda: tracing.trace(self._renew, state + shown + [mask]))
+            rows, own = (carried, carried), set(range(n))
+            self.renew = self._make("renew", graph, state + shown + [mask], own, rows, own, seconds + traced)
+            return
+        counters = [torch.zeros_like(mask, dtype=torch.int64), mask.clone(), mask.any()]
+        self.empty = [*counters, *drawn, *(x.clone() for x in drawn)]
+        k = len(self.empty)
+        graph, traced = _timed(lambda: tracing.trace(self._refill, self.empty + state))
+        self.refill = self._make(
+            "refill",
+            graph,
+            self.empty + state,
+            set(range(k)),
+            (set(), set()),
+            set(range(k, k + n)),
+            seconds + traced,
+        )
+        ahead = self.refill.own(self.empty + state)[:k]
+        graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
+        carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
+        self.take = self._make(
+            "take", graph, state + shown + ahead + [mask], carry, (carried, carried), own, traced
+        )
+
+    def _renew(self, *leaves: Tensor) -> list[Tensor]:
+        state, mask = leaves[: len(self.names)], leaves[-1]
+        return self._merged(list(leaves[:-1]), list(self._draw_graph(*state)), mask)
+
+    def _refill(self, *leaves: Tensor) -> list[Tensor]:
+        k = (len(leaves) - 3 - len(self.names)) // 2
+        (count, second, short), layers, state = leaves[:3], leaves[3 : 3 + 2 * k], leaves[3 + 2 * k :]
+        new, lacks = list(self._draw_graph(*state)), count < 2
+        into_second = second ^ (count == 1)
+        layer_0 = [_where(lacks & ~into_second, x, old) for x, old in zip(new, layers[:k])]
+        layer_1 = [_where(lacks & into_second, x, old) for x, old in zip(new, layers[k:])]
+        return [count + lacks.to(count.dtype), second, short, *layer_0, *layer_1]
+
+    def _take(self, *leaves: Tensor) -> list[Tensor]:
+        n = len(self.names) + self.shown.num_leaves
+        (count, second, short), layers, mask = leaves[n : n + 3], leaves[n + 3 : -1], leaves[-1]
+        k = len(layers) // 2
+        new = [_where(second, b, a) for a, b in zip(layers[:k], layers[k:])]
+        has = mask & (count > 0)
+        lacking = (mask & (count == 0)).any()
+        left = count - has.to(count.dtype)
+        counters = [left, second ^ has, short | lacking]
+        return [*self._merged(list(leaves[:n]), new, mask), *counters, (left == 0).any()]
+
+    def _merged(self, carried: list[Tensor], new: list[Tensor], mask: Tensor) -> list[Tensor]:
+        """State and what is shown, with what was drawn in the environments of the mask."""
+        for place, x in zip([*self._reset_places, *range(len(self.names), len(carried))], new):
+            carried[place] = _where(mask, x, carried[place])
+        return carried
+
+
+class Recording(_Resets):
     """The functions of one environment.
 
     Args:
@@ -133,7 +205,8 @@ class Recording(_Recorder):
         self._all, values = list(state), list(state.values())
         actions = [group.actions.random(self._envs) for group in display.groups]
         self.no_sums = [
-            torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device) for group in display.groups
+            torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device)
+            for group in display.groups
         ]
         moves, seconds = self._trace_moves(values, actions)
         draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
@@ -200,7 +273,10 @@ class Recording(_Recorder):
         self._moves: dict[str, Function] = {}
         n, old = len(live), len(self._all)
         for name, graph in moves.items():
-            given = [*(actions if name in ("step", "begin") else []), *(self.no_sums if name in ("step", "end") else [])]
+            given = [
+                *(actions if name in ("step", "begin") else []),
+                *(self.no_sums if name in ("step", "end") else []),
+            ]
             others = tracing.outputs(graph) - old
             acts, rest = range(old, old + len(given)), range(old, old + others)
             tracing.restrict(graph, [*live, *acts], [*live, *rest])
@@ -234,71 +310,6 @@ class Recording(_Recorder):
         self._put(leaves)
         out = self._core.simulation.end()
         return self._state() + self._entries(out, leaves[len(self._all) :])
-
-    def _make_reset(self, state: list[Tensor], seconds: float, spares: bool) -> None:
-        n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
-        with torch.no_grad():
-            drawn = [last(x, self._envs) for x in self._draw_graph(*state)]
-        shown, mask = (
-            drawn[len(self._reset_places) :],
-            torch.zeros(self._envs, dtype=torch.bool, device=device),
-        )
-        carried = set(range(n, n + m))
-        self.empty: list[Tensor] = []
-        if not spares:
-            graph, traced = _timed(lambda: tracing.trace(self._renew, state + shown + [mask]))
-            rows, own = (carried, carried), set(range(n))
-            self.renew = self._make("renew", graph, state + shown + [mask], own, rows, own, seconds + traced)
-            return
-        counters = [torch.zeros_like(mask, dtype=torch.int64), mask.clone(), mask.any()]
-        self.empty = [*counters, *drawn, *(x.clone() for x in drawn)]
-        k = len(self.empty)
-        graph, traced = _timed(lambda: tracing.trace(self._refill, self.empty + state))
-        self.refill = self._make(
-            "refill",
-            graph,
-            self.empty + state,
-            set(range(k)),
-            (set(), set()),
-            set(range(k, k + n)),
-            seconds + traced,
-        )
-        ahead = self.refill.own(self.empty + state)[:k]
-        graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
-        carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
-        self.take = self._make(
-            "take", graph, state + shown + ahead + [mask], carry, (carried, carried), own, traced
-        )
-
-    def _renew(self, *leaves: Tensor) -> list[Tensor]:
-        state, mask = leaves[: len(self.names)], leaves[-1]
-        return self._merged(list(leaves[:-1]), list(self._draw_graph(*state)), mask)
-
-    def _refill(self, *leaves: Tensor) -> list[Tensor]:
-        k = (len(leaves) - 3 - len(self.names)) // 2
-        (count, second, short), layers, state = leaves[:3], leaves[3 : 3 + 2 * k], leaves[3 + 2 * k :]
-        new, lacks = list(self._draw_graph(*state)), count < 2
-        into_second = second ^ (count == 1)
-        layer_0 = [_where(lacks & ~into_second, x, old) for x, old in zip(new, layers[:k])]
-        layer_1 = [_where(lacks & into_second, x, old) for x, old in zip(new, layers[k:])]
-        return [count + lacks.to(count.dtype), second, short, *layer_0, *layer_1]
-
-    def _take(self, *leaves: Tensor) -> list[Tensor]:
-        n = len(self.names) + self.shown.num_leaves
-        (count, second, short), layers, mask = leaves[n : n + 3], leaves[n + 3 : -1], leaves[-1]
-        k = len(layers) // 2
-        new = [_where(second, b, a) for a, b in zip(layers[:k], layers[k:])]
-        has = mask & (count > 0)
-        lacking = (mask & (count == 0)).any()
-        left = count - has.to(count.dtype)
-        counters = [left, second ^ has, short | lacking]
-        return [*self._merged(list(leaves[:n]), new, mask), *counters, (left == 0).any()]
-
-    def _merged(self, carried: list[Tensor], new: list[Tensor], mask: Tensor) -> list[Tensor]:
-        """State and what is shown, with what was drawn in the environments of the mask."""
-        for place, x in zip([*self._reset_places, *range(len(self.names), len(carried))], new):
-            carried[place] = _where(mask, x, carried[place])
-        return carried
 
 
 def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]:

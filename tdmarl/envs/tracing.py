@@ -98,6 +98,8 @@ class Recorder(TorchDispatchMode):
             func = aten.lift_fresh_copy.default
         if func is aten._local_scalar_dense.default and self.changes(args[0]):
             raise HostRead(_place(), "reads a tensor's value")
+        if func._overloadname == "from":  # a word of Python's, which the graph's code could not say
+            raise Untraceable(f"{_place()} draws by Tensor.random_(from, to); torch.randint can be recorded")
         nodes, named = pytree.tree_map_only(Tensor, self.node, (args, kwargs))
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
@@ -327,7 +329,10 @@ def _drop_repetitions(graph: fx.Graph) -> None:
             elif first.meta["shape"][dim] != 1:
                 continue
             found = graph.call_function(aten.expand.default, (first, list(shape)))
-        first.meta.update(dtype=node.meta["dtype"], shape=torch.Size([*shape[: dim % len(shape)], 1, *shape[dim % len(shape) + 1 :]]))
+        first.meta.update(
+            dtype=node.meta["dtype"],
+            shape=torch.Size([*shape[: dim % len(shape)], 1, *shape[dim % len(shape) + 1 :]]),
+        )
         found.meta.update(node.meta)
         node.replace_all_uses_with(found)
         graph.erase_node(node)
@@ -361,11 +366,11 @@ def _fold(graph: fx.GraphModule) -> None:
                 raise HostRead("a factorization of a matrix", "checks its success on the host")
             graph.graph.erase_node(node)
             continue
-        value = values.get(node)
         if is_small(node) and not all(map(is_small, node.users)):
             name = f"_constant{number}"
             while hasattr(graph, name):
                 name += "_"
+            value = values[node]
             graph.register_buffer(name, value.clone())
             with graph.graph.inserting_before(node):
                 constant = graph.graph.get_attr(name)

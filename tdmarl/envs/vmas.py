@@ -17,7 +17,7 @@ from tdmarl.envs.actions import ActionOptions
 from tdmarl.envs.capture import Part
 from tdmarl.envs.compiled import CompiledVmas, is_surely_false
 from tdmarl.envs.functional import FunctionalVmas, Merge
-from tdmarl.envs.groups import Display, make_groups, make_specs
+from tdmarl.envs.groups import Display, Group, make_groups, make_specs
 from tdmarl.envs.scenarios import replaced
 from tdmarl.envs.tracing import Untraceable
 
@@ -101,6 +101,9 @@ class _Compiled(EnvBase):
         warnings.warn(f"VMAS scenario '{name}' runs eagerly, not compiled: {reason}.", stacklevel=3)
         self.core.into_objects()
         self.core.held = None
+        self.core.simulation.grad_mode = (
+            torch.inference_mode
+        )  # as in an environment that was eager from the start
 
     def _runner(self) -> CompiledVmas | None:
         """What runs in place of the eager code, up to date with the scenario's Python."""
@@ -116,8 +119,10 @@ class _Compiled(EnvBase):
 
 
 class _Saved(_Compiled):
-    """Explicit state of an environment that has a `core` and keeps what it showed `_last`."""
+    """State of an environment that has a `core` and keeps what it showed `_last`: saved, set, and gone on from."""
 
+    groups: list[Group]
+    num_envs: int
     _last: TensorDict
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -152,6 +157,34 @@ class _Saved(_Compiled):
     def detach(self) -> None:
         """Cuts the graph of `grad_enabled=True` here: later rewards depend on later actions alone."""
         self.core.set_state(self.core.get_state().detach())
+
+    def transitions(self) -> CompiledVmas | None:
+        """What makes a step and the reset of what ended as functions of tensors, for a collector; None if it runs
+        eagerly, or if a subclass changes what a step or a reset does."""
+        if any(
+            getattr(type(self), name) is not getattr(VmasEnv, name) for name in ("step", "_step", "_reset")
+        ):
+            return None
+        return self._runner()
+
+    def go_on_from(self, shown: list[Tensor]) -> None:
+        """Takes what the last of `transitions` showed for this environment's present."""
+        assert self._compiled is not None
+        self._last = self._tensordict(pytree.tree_unflatten(shown, self._compiled.recording.shown))
+
+    def _say_if_short(self) -> None:
+        if self._compiled is not None and self._compiled.ran_short:
+            warnings.warn(
+                "episodes were so short that some environments began twice from one initial state;"
+                " spare_resets=False draws anew at every end.",
+                stacklevel=4,
+            )
+
+    def _tensordict(self, entries: dict[str, Any]) -> TensorDict:
+        for group in self.groups:
+            size = torch.Size([self.num_envs, len(group.indices)])
+            entries[group.name] = _tensordict(entries[group.name], size, self.device)
+        return _tensordict(entries, self.batch_size, self.device)
 
 
 class VmasEnv(_Saved):
@@ -333,32 +366,6 @@ class VmasEnv(_Saved):
         if is_surely_false(done):
             return self._last.copy()
         return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
-
-    def transitions(self) -> CompiledVmas | None:
-        """What makes a step and the reset of what ended as functions of tensors, for a collector; None if it runs
-        eagerly, or if a subclass changes what a step or a reset does."""
-        if any(getattr(type(self), name) is not getattr(VmasEnv, name) for name in ("step", "_step", "_reset")):
-            return None
-        return self._runner()
-
-    def go_on_from(self, shown: list[Tensor]) -> None:
-        """Takes what the last of `transitions` showed for this environment's present."""
-        assert self._compiled is not None
-        self._last = self._tensordict(pytree.tree_unflatten(shown, self._compiled.recording.shown))
-
-    def _say_if_short(self) -> None:
-        if self._compiled is not None and self._compiled.ran_short:
-            warnings.warn(
-                "episodes were so short that some environments began twice from one initial state;"
-                " spare_resets=False draws anew at every end.",
-                stacklevel=4,
-            )
-
-    def _tensordict(self, entries: dict[str, Any]) -> TensorDict:
-        for group in self.groups:
-            size = torch.Size([self.num_envs, len(group.indices)])
-            entries[group.name] = _tensordict(entries[group.name], size, self.device)
-        return _tensordict(entries, self.batch_size, self.device)
 
     def render(self, env_index: int = 0, **kwargs: Any) -> Any:
         """One environment's picture from VMAS's viewer, uint8 `[height, width, 3]`."""
