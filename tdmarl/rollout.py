@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import gc
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -285,15 +286,16 @@ class Rollout:
         act = self._compiled(layout.nest(_without(present, sums))) if any(acts) else None
         shown: list[Tensor] | None = None
         try:
-            for own in acts:
-                seen = _without(present, sums)
-                if own and act is not None:
-                    written = act(seen)
-                else:
-                    out = leaves((self._policy if own else at_random)(layout.nest(dict(seen))))
-                    written = {key: value for key, value in out.items() if seen.get(key) is not value}
-                step, present, shown = self._step(seen | written, present)
-                columns.add(step)
+            with _no_garbage():
+                for own in acts:
+                    seen = _without(present, sums)
+                    if own and act is not None:
+                        written = act(seen)
+                    else:
+                        out = leaves((self._policy if own else at_random)(layout.nest(dict(seen))))
+                        written = {key: value for key, value in out.items() if seen.get(key) is not value}
+                    step, present, shown = self._step(seen | written, present)
+                    columns.add(step)
         finally:
             if shown is not None:
                 self._env.go_on_from(shown)
@@ -338,6 +340,18 @@ class Rollout:
         except Exception as error:  # whatever recording and compiling come upon; calling it always works
             self._act, self.reason = None, f"{error}"
         return self._act
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Keeps Python from looking for cycles among the thousands of tensors of a rollout, which are in none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _without(entries: Leaves, keys: list[Key]) -> Leaves:
