@@ -21,7 +21,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdmarl.envs import tracing
-from tdmarl.envs.capture import Function
+from tdmarl.envs.capture import Captured, Function
 
 CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
 _MOST_BUILDS = 3
@@ -125,6 +125,10 @@ class Act:
         root (TensorDictBase): what it sees, for its keys and shapes.
         mode (str): see `tdmarl.envs.capture.Function`.
 
+    Attributes:
+        parameters (list of Tensor): parameters and buffers.
+        changed (list of int): which of them a call changes.
+
     Raises:
         Untraceable: the policy asks the device for something, or is more than tensors and fixed Python.
     """
@@ -133,10 +137,10 @@ class Act:
         self._policy, self._layout, self._seen = policy, Layout(root), list(leaves(root))
         self._frozen_at = frozen(policy)
         self._names = list(_parameters(policy))
-        self._parameters = [x.detach() for x in _parameters(policy).values()]
+        self.parameters = [x.detach() for x in _parameters(policy).values()]
         self._written: list[Key] = []
-        self._changed: list[int] = []
-        inputs = [*self._parameters, *(x.contiguous() for x in leaves(root).values())]
+        self.changed: list[int] = []
+        inputs = [*self.parameters, *(x.contiguous() for x in leaves(root).values())]
         places, device = set(range(len(self._names))), inputs[-1].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # recording is no draw
             graph = tracing.trace(self._run, inputs)
@@ -151,10 +155,15 @@ class Act:
 
     def __call__(self, root: Leaves) -> Leaves:
         """What the policy writes."""
-        outputs = self._function([*self._parameters, *(root[key] for key in self._seen)])
-        for place, value in zip(self._changed, outputs[len(self._written) :]):
-            self._parameters[place].copy_(value)
+        outputs = self._function([*self.parameters, *(root[key] for key in self._seen)])
+        for place, value in zip(self.changed, outputs[len(self._written) :]):
+            self.parameters[place].copy_(value)
         return dict(zip(self._written, outputs))
+
+    def inside(self, parameters: list[Tensor], root: Leaves) -> tuple[Leaves, list[Tensor]]:
+        """What the policy writes, and the parameters that it changes; to be captured."""
+        outputs = self._function.inside([*parameters, *(root[key] for key in self._seen)])
+        return dict(zip(self._written, outputs)), outputs[len(self._written) :]
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
         n, versions = len(self._names), [x._version for x in inputs]
@@ -165,7 +174,7 @@ class Act:
         if any(i >= n for i in changed):
             raise tracing.Untraceable("the policy writes into a tensor that it is shown")
         written = {key: value for key, value in out.items() if seen.get(key) is not value}
-        self._written, self._changed = list(written), changed
+        self._written, self.changed = list(written), changed
         return [*written.values(), *(own[i] for i in changed)]
 
 
@@ -240,6 +249,60 @@ def _function(function: types.FunctionType, depth: int) -> Any:
     return function.__code__, cells, _plain(function.__defaults__, depth + 1), reached
 
 
+class OneGraph:
+    """A whole step of a rollout as one CUDA graph: policy, environment, resets and sums of rewards.
+
+    Args:
+        act (Act): the policy.
+        made (CompiledVmas): the environment's functions.
+        combine (callable): from a step's entries, the transition and what was carried to it: all of the step's
+            entries, and what is carried on.
+        present (dict): what is carried, an example.
+        sums (list of keys): which of that are sums of rewards.
+    """
+
+    def __init__(
+        self, act: Act, made: Any, combine: Callable[..., Any], present: Leaves, sums: list[Key]
+    ) -> None:
+        self.parts = act, made
+        self._made, self._carried = made, list(present)
+        state, spares = made.recording.statics
+        self._places = [*act.parameters, *state, *spares]
+        n, m, k = len(act.parameters), len(act.parameters) + len(state), len(self._places)
+        back = [
+            *act.changed,
+            *range(n, m + 3),
+            *range(k, k + len(present)),
+        ]  # three counters change of the spares
+        self._first = len(back)
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            before = dict(zip(present, inputs[k:]))
+            seen = {
+                key: value.clone() for key, value in before.items() if key not in sums
+            }  # it is overwritten
+            written, changed = act.inside(list(inputs[:n]), seen)
+            new_sums = [before[key] for key in sums]
+            after, counters, found = made.inside(
+                list(inputs[n:m]), list(inputs[m:k]), seen | written, new_sums
+            )
+            step, following = combine(seen | written, found)
+            self._keys = list(step)
+            return [*changed, *after, *counters, *(following[key] for key in present), *step.values()]
+
+        device = state[0].device
+        inputs = [*self._places, *present.values()]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._call = Captured(run, inputs, list(range(k)), [(i, o) for o, i in enumerate(back)])
+
+    def __call__(self, present: Leaves) -> tuple[Leaves, Leaves]:
+        """The step's entries, and what is carried on, which the next call overwrites."""
+        self._made.begin_in_place()
+        outputs = self._call(*self._places, *(present[key] for key in self._carried))
+        carried = outputs[self._first - len(self._carried) : self._first]
+        return dict(zip(self._keys, outputs[self._first :])), dict(zip(self._carried, carried))
+
+
 class Rollout:
     """Fills batches from a compiled environment.
 
@@ -260,7 +323,9 @@ class Rollout:
         self._env, self._policy = env, policy
         self._sums = {as_tuple(reward): as_tuple(entry) for reward, entry in sums.items()}
         self._hidden = [as_tuple(key) for key in hidden]
+        self._totals = list(self._sums.values())
         self._act: Act | None = None
+        self._graph: OneGraph | None = None
         self._builds = 0
         self.reason: str | None = (
             None if isinstance(policy, TensorDictModuleBase) else "it is no TensorDictModule"
@@ -281,33 +346,57 @@ class Rollout:
             acts (list of bool): for each step, whether the policy acts.
         """
         layout, columns = Layout(root), Columns(len(acts))
-        sums = list(self._sums.values())
         present = {key: value.contiguous() for key, value in leaves(root).items()}
-        act = self._compiled(layout.nest(_without(present, sums))) if any(acts) else None
-        shown: list[Tensor] | None = None
+        act = self._compiled(layout.nest(_without(present, self._totals))) if any(acts) else None
+        shown: list[Key] = []
         try:
             with _no_garbage():
                 for own in acts:
-                    seen = _without(present, sums)
-                    if own and act is not None:
-                        written = act(seen)
+                    made = self._env.transitions()
+                    if made is None:
+                        raise RuntimeError(
+                            f"The environment cannot go on compiled: {self._env.fallback_reason}."
+                        )
+                    if act is not None and own and made.fits_one_graph:
+                        step, present = self._captured(act, made, present)(present)
                     else:
-                        out = leaves((self._policy if own else at_random)(layout.nest(dict(seen))))
-                        written = {key: value for key, value in out.items() if seen.get(key) is not value}
-                    step, present, shown = self._step(seen | written, present)
+                        seen = _without(present, self._totals)
+                        written = (
+                            self._written(act, seen, layout) if own else self._by(at_random, seen, layout)
+                        )
+                        sums = [present[self._sums[key]] for key in made.recording.reward_paths]
+                        found = made.transition(seen | written, sums)
+                        step, present = self._combine(made, seen | written, found)
+                    shown = made.recording.paths
                     columns.add(step)
         finally:
-            if shown is not None:
-                self._env.go_on_from(shown)
+            present = {key: value.clone() for key, value in present.items()}  # a graph overwrites it
+            if shown:
+                self._env.go_on_from([present[key] for key in shown])
         return layout.nest(columns.entries, len(acts)), layout.nest(present)
 
-    def _step(self, step: Leaves, present: Leaves) -> tuple[Leaves, Leaves, list[Tensor]]:
-        """What goes into the batch, the next root, and what of it the environment shows."""
-        made = self._env.transitions()
-        if made is None:
-            raise RuntimeError(f"The environment cannot go on compiled: {self._env.fallback_reason}.")
+    def _written(self, act: Act | None, seen: Leaves, layout: Layout) -> Leaves:
+        return self._by(self._policy, seen, layout) if act is None else act(seen)
+
+    @staticmethod
+    def _by(policy: Callable[[TensorDictBase], TensorDictBase], seen: Leaves, layout: Layout) -> Leaves:
+        """What a policy writes that is called as it is."""
+        out = leaves(policy(layout.nest(dict(seen))))
+        return {key: value for key, value in out.items() if seen.get(key) is not value}
+
+    def _captured(self, act: Act, made: Any, present: Leaves) -> OneGraph:
+        if self._graph is None or self._graph.parts != (act, made):
+
+            def combine(entries: Leaves, found: Any) -> tuple[Leaves, Leaves]:
+                return self._combine(made, entries, found)
+
+            sums = [self._sums[key] for key in made.recording.reward_paths]
+            self._graph = OneGraph(act, made, combine, present, sums)
+        return self._graph
+
+    def _combine(self, made: Any, step: Leaves, found: Any) -> tuple[Leaves, Leaves]:
+        """What goes into the batch, and the next root."""
         paths, rewards = made.recording.paths, made.recording.reward_paths
-        found = made.transition(step, [present[self._sums[key]] for key in rewards])
         following = dict(zip(paths, found.following))
         for key, reward, total, kept in zip(rewards, found.rewards, found.totals, found.sums):
             step["next", *key], step["next", *self._sums[key]] = reward, total
@@ -316,14 +405,14 @@ class Rollout:
             step["next", *key] = value
         done = step["next", "done"]
         for key in self._hidden:
-            value = step.get(("next", *key))
-            if value is None:
+            state = step.get(("next", *key))
+            if state is None:
                 raise KeyError(
                     f"The policy declares the hidden state {key} but did not write {('next', *key)}."
                 )
-            following[key] = value.masked_fill(done.reshape(-1, *[1] * (value.ndim - 1)), 0)
+            following[key] = state.masked_fill(done.reshape(-1, *[1] * (state.ndim - 1)), 0)
         following["is_init",] = done
-        return step, following, found.following
+        return step, following
 
     def _compiled(self, root: TensorDictBase) -> Act | None:
         """The policy as a function, made anew where its Python has changed; None where it is called as it is."""

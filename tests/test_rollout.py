@@ -11,11 +11,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import record
 from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
 import tdmarl
 from tdmarl.actors import stochastic_actor
+from tdmarl.envs import capture
 from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
 from tdmarl.rollout import CHUNK, Columns, frozen
 
@@ -119,6 +121,37 @@ def test_a_fused_batch_is_the_ordinary_one(case: str) -> None:
             torch.testing.assert_close(
                 one[part][key], value, rtol=tolerance, atol=tolerance, equal_nan=True, msg=key
             )
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("draws in its steps", "no spare states")])
+def test_one_captured_graph_is_the_ordinary_loop(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policy, step, reset and sums as one replay a step; the capture is a stand-in that overwrites its results."""
+    name, kwargs, policy = CASES[case]
+    count = [0]
+    monkeypatch.setattr(capture, "_capture", lambda run: record(run, count))
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    for module in ("compiled", "vmas"):  # a GPU's flags are not looked at
+        monkeypatch.setattr(f"tdmarl.envs.{module}.is_surely_false", lambda flags: False)
+    fused, plain = pair(name, kwargs, policy, init_random_frames=ENVS * 2)
+    fused.env.mode = "cudagraph"
+    batches = []
+    for _ in range(3):
+        before = count[0]
+        batches.append((fused.rollout(), plain.rollout()))
+        fused.env.set_state(fused.env.get_state())  # which is then elsewhere
+    assert count[0] - before == 2 * STEPS, "in every step one replay of all, and here one that draws ahead"
+    tolerance = 1e-6 if policy is greedy else 0
+    for a, b in batches:
+        if name == "balance":  # what a reset leaves as it is shows after it as it was when its start was drawn
+            a, b = (batch.exclude(("agents", "info"), ("next", "agents", "info")) for batch in (a, b))
+        assert_same(a, b, tolerance)
+    assert fused._fused.reason is None and fused.env.mode == "cudagraph"
+    one, two = fused.state_dict(), plain.state_dict()
+    for part in ("root", "env"):
+        for key, value in two[part].items():
+            if "info" not in key and "drawn" not in key:
+                near = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+                torch.testing.assert_close(one[part][key], value, **near, msg=key)
 
 
 def test_steps_in_pieces_are_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ class Function:
         outputs = list(range(tracing.outputs(graph)))
         self._used = sorted(tracing.needed(graph, outputs))
         tracing.restrict(graph, self._used, outputs)
-        self._streams: Any = streams if tracing.has_draws(graph) else contextlib.nullcontext()
+        self.draws = tracing.has_draws(graph)
+        self._streams: Any = streams if self.draws else contextlib.nullcontext()
         if rows is None:
             inputs = [inputs[i] for i in self._used]
         else:
@@ -65,7 +66,7 @@ class Function:
             with torch.no_grad():
                 examples: list[Any] = list(inputs)
                 self._call = torch._inductor.compile(graph, examples, options=_INDUCTOR)
-        self.graph = graph
+        self.graph, self._plain = graph, self._call
         if mode == "cudagraph":
             own = [i for i, place in enumerate(self._used) if place in shared]
             back = [(i, place) for i, place in enumerate(self._used) if place in carry]
@@ -74,6 +75,10 @@ class Function:
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), self._streams:
             return list(self._call(*[inputs[i] for i in self._used]))
+
+    def inside(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The same as a part of another function that is captured as a whole."""
+        return list(self._plain(*[inputs[i] for i in self._used]))
 
     def own(self, inputs: list[Tensor]) -> list[Tensor]:
         """The inputs, those that a captured graph keeps in fixed places replaced by these places."""

@@ -67,7 +67,7 @@ class CompiledVmas:
         if core.slots.changing:
             raise tracing.Untraceable(f"the Python value {core.slots.changing[0]} changes from step to step")
         self._core, self._groups, self._check = core, display.groups, check
-        self._envs, self._spare_resets = core.simulation.envs, spare_resets
+        self._envs, self._spare_resets, self._mode = core.simulation.envs, spare_resets, mode
         # On a CPU it is known when an environment has no spare left; elsewhere nobody asks.
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
         self._period *= core.simulation.device.type != "cpu"
@@ -110,25 +110,64 @@ class CompiledVmas:
             entries (mapping): has each group's action under `(group, "action")`.
             sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
         """
-        shown, (rewards, totals, sums) = self._advance(
-            [group.action(entries) for group in self._groups], sums
-        )
+        shown, (rewards, totals, sums) = self._advance(self._actions(entries), sums)
         mask = shown[self._done].squeeze(-1)
         following = shown if is_surely_false(mask) else self._restart(mask, shown)
         return Transition(shown, rewards, totals, following, sums)
 
-    def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        recording, groups = self.recording, self._groups
-        # As they were recorded: compiled code does not look.
-        given = [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
-        outputs = recording.step(self._state() + given + sums)
-        n, m, k = len(recording.names), recording.shown.num_leaves, len(sums)
-        start = n + (len(groups) if self._check else 0)
-        for group, flag in zip(groups, outputs[n:start]):
+    @property
+    def fits_one_graph(self) -> bool:
+        """Whether steps and resets can be a part of one CUDA graph with the policy, which draws from another stream."""
+        return self._mode == "cudagraph" and self._spare_resets and not self.recording.draws
+
+    def begin_in_place(self) -> tuple[list[Tensor], list[Tensor]]:
+        """State and spares in the places where a graph advances them, the spares filled up if it is time."""
+        state, spares = self.recording.statics
+        for place, x in zip(state, self._state()):
+            if place is not x:
+                place.copy_(x)
+        self._hold(state)
+        for place, x in zip(spares, self._filled(state)):
+            if place is not x:
+                place.copy_(x)
+        self._spares = spares
+        return state, spares
+
+    def inside(
+        self, state: list[Tensor], spares: list[Tensor], entries: Any, sums: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], Transition]:
+        """State, counters and `transition` as functions, to be captured."""
+        recording = self.recording
+        n, m = len(state), recording.shown.num_leaves
+        state, shown, (rewards, totals, sums) = self._parts(
+            recording.step(state + self._given(self._actions(entries)) + sums, inside=True), len(sums)
+        )
+        mask = shown[self._done].squeeze(-1)
+        *outputs, _ = recording.take.inside(state + shown + spares + [mask])
+        return outputs[:n], outputs[n + m :], Transition(shown, rewards, totals, outputs[n : n + m], sums)
+
+    def _actions(self, entries: Any) -> list[Tensor]:
+        return [group.action(entries) for group in self._groups]
+
+    def _given(self, actions: list[Tensor]) -> list[Tensor]:
+        """As they were recorded: compiled code does not look."""
+        groups = self._groups
+        return [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
+
+    def _parts(self, outputs: list[Tensor], k: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """State, what is shown, and returns, if the actions were valid."""
+        n, m = len(self.recording.names), self.recording.shown.num_leaves
+        start = n + (len(self._groups) if self._check else 0)
+        for group, flag in zip(self._groups, outputs[n:start]):
             group.refuse_unless(flag)
-        self._hold(outputs[:n])
         returns = outputs[start + m :]
-        return outputs[start : start + m], [returns[:k], returns[k : 2 * k], returns[2 * k :]]
+        return outputs[:n], outputs[start : start + m], [returns[:k], returns[k : 2 * k], returns[2 * k :]]
+
+    def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        outputs = self.recording.step(self._state() + self._given(actions) + sums)
+        state, shown, returns = self._parts(outputs, len(sums))
+        self._hold(state)
+        return shown, returns
 
     def _restart(self, mask: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         recording, state = self.recording, self._state()

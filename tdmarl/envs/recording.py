@@ -108,6 +108,7 @@ class _Resets(_Recorder):
     """Recording of resets, once what a step carries on is known."""
 
     names: list[str]
+    statics: tuple[list[Tensor], list[Tensor]]
     _reset_places: list[int]
     _draw_graph: fx.GraphModule
 
@@ -140,6 +141,7 @@ class _Resets(_Recorder):
             seconds + traced,
         )
         ahead = self.refill.own(self.empty + state)[:k]
+        self.statics = state, ahead
         graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
         carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
         self.take = self._make(
@@ -193,6 +195,7 @@ class Recording(_Resets):
         paths, reward_paths (lists of tuples): the keys of what is shown, and of rewards.
         no_sums (list of Tensor): sums of rewards at the beginning of episodes.
         empty (list of Tensor): counters and spares before the first refill.
+        statics (pair of lists of Tensor): where captured functions keep state and spares.
         report (dict): what each function took.
 
     Raises:
@@ -229,16 +232,22 @@ class Recording(_Resets):
         self._draw_graph = draw
         self._make_reset(values, draw_seconds, spares)
 
-    def step(self, inputs: list[Tensor]) -> list[Tensor]:
-        """See the head of this file."""
-        if "step" in self._moves:
-            return self._moves["step"](inputs)
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        return any(move.draws for move in self._moves.values())
+
+    def step(self, inputs: list[Tensor], inside: bool = False) -> list[Tensor]:
+        """See the head of this file; `inside` another capture or not."""
+        moves = {name: move.inside if inside else move for name, move in self._moves.items()}
+        if "step" in moves:
+            return moves["step"](inputs)
         n, sums = len(self.names), len(inputs) - len(self.no_sums)
-        outputs = self._moves["begin"](inputs[:sums])
+        outputs = moves["begin"](inputs[:sums])
         state, valid = outputs[:n], outputs[n:]
         for _ in range(self._core.simulation.world._substeps - 1):
-            state = self._moves["go_on"](state)
-        outputs = self._moves["end"](state + inputs[sums:])
+            state = moves["go_on"](state)
+        outputs = moves["end"](state + inputs[sums:])
         return outputs[:n] + valid + outputs[n:]
 
     def _trace_moves(

@@ -6,12 +6,13 @@ import importlib.util
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from toys import record
 
 from tdmarl.envs import capture
 from tdmarl.envs.vmas import VmasEnv, choose_mode
@@ -148,29 +149,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Stands in for compiler and capture; counts the replays.
-
-    As a CUDA graph does, a replay writes its results to where they were when it was captured.
-    """
+    """Stands in for compiler and capture; counts the replays."""
     count = [0]
-
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        for _ in range(3):
-            run()
-        cells = dict(zip(run.__code__.co_freevars, run.__closure__ or ()))
-        outputs: list[Tensor] = cells["outputs"].cell_contents
-        static = list(outputs)
-
-        def replay() -> None:
-            run()
-            for place, value in zip(static, outputs):
-                place.copy_(value)
-            outputs[:] = static
-            count[0] += 1
-
-        return replay
-
-    monkeypatch.setattr(capture, "_capture", record)
+    monkeypatch.setattr(capture, "_capture", lambda run: record(run, count))
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     yield count
 
