@@ -266,6 +266,17 @@ def test_what_is_set_through_the_scenario_holds(own: ModuleType, later: str) -> 
     assert env._compiled is kept, "looking changes nothing"
 
 
+def test_after_a_fallback_it_is_as_fast_as_one_that_was_eager_from_the_start(own: ModuleType) -> None:
+    env = VmasEnv(own.Branching, num_envs=6, seed=0, mode="trace")
+    with pytest.warns(UserWarning, match="eagerly"):
+        env.compile()
+    assert env.core.simulation.grad_mode is torch.inference_mode
+    state = env.state_dict()
+    expected = play(env, 3)
+    env.load_state_dict(state)
+    assert_same(play(env, 3), expected)
+
+
 def test_a_value_that_keeps_changing_ends_in_one_warning(own: ModuleType) -> None:
     env = make("simple")
     with pytest.warns(UserWarning, match="Python values changed"):
@@ -484,6 +495,8 @@ def test_modes_are_checked_when_built() -> None:
     [
         ("cpu", None, "eager"),
         ("cpu", 100, "eager"),
+        ("cpu", 6_000, "eager"),
+        ("cpu", 7_000, "compile"),
         ("cpu", 1_000_000, "compile"),
         ("cuda", 100, "eager"),
         ("cuda", 1_000_000, "cudagraph"),
