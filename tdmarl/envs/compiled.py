@@ -36,24 +36,8 @@ def is_surely_false(flags: Tensor) -> bool:
     return flags.device.type == "cpu" and not flags.numpy().any()
 
 
-class CompiledVmas:
-    """Stands for the eager step and masked reset of a `VmasEnv`.
-
-    VMAS's Python only runs to be recorded; what a step or a reset needs of the state is `FunctionalVmas.held`
-    from then on.
-
-    Args:
-        core (FunctionalVmas): whose simulation is recorded.
-        display (Display): makes entries of what a step shows.
-        mode (str): "trace" runs the recorded graphs as they are, "compile" compiles them, "cudagraph" captures
-            what was compiled.
-        check (bool): refuses actions that are NaN or no valid choice.
-        spare_resets (bool): takes initial states from ones drawn ahead.
-        max_steps (int, optional): time limit of an episode.
-
-    Raises:
-        Untraceable: see there; the core is then as it was.
-    """
+class _Running:
+    """Steps and resets as recorded functions, of a state and of spares that are kept here."""
 
     def __init__(
         self,
@@ -114,37 +98,6 @@ class CompiledVmas:
         mask = shown[self._done].squeeze(-1)
         following = shown if is_surely_false(mask) else self._restart(mask, shown)
         return Transition(shown, rewards, totals, following, sums)
-
-    @property
-    def fits_one_graph(self) -> bool:
-        """Whether steps and resets can be a part of one CUDA graph with the policy, which draws from another stream."""
-        return self._mode == "cudagraph" and self._spare_resets and not self.recording.draws
-
-    def begin_in_place(self) -> tuple[list[Tensor], list[Tensor]]:
-        """State and spares in the places where a graph advances them, the spares filled up if it is time."""
-        state, spares = self.recording.statics
-        for place, x in zip(state, self._state()):
-            if place is not x:
-                place.copy_(x)
-        self._hold(state)
-        for place, x in zip(spares, self._filled(state)):
-            if place is not x:
-                place.copy_(x)
-        self._spares = spares
-        return state, spares
-
-    def inside(
-        self, state: list[Tensor], spares: list[Tensor], entries: Any, sums: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], Transition]:
-        """State, counters and `transition` as functions, to be captured."""
-        recording = self.recording
-        n, m = len(state), recording.shown.num_leaves
-        state, shown, (rewards, totals, sums) = self._parts(
-            recording.step(state + self._given(self._actions(entries)) + sums, inside=True), len(sums)
-        )
-        mask = shown[self._done].squeeze(-1)
-        *outputs, _ = recording.take.inside(state + shown + spares + [mask])
-        return outputs[:n], outputs[n + m :], Transition(shown, rewards, totals, outputs[n : n + m], sums)
 
     def _actions(self, entries: Any) -> list[Tensor]:
         return [group.action(entries) for group in self._groups]
@@ -240,6 +193,57 @@ class CompiledVmas:
             if isinstance(value, Tensor) and name not in slots
         }
         return python_values(scenario) | fixed
+
+
+class CompiledVmas(_Running):
+    """Stands for the eager step and masked reset of a `VmasEnv`.
+
+    VMAS's Python only runs to be recorded; what a step or a reset needs of the state is `FunctionalVmas.held`
+    from then on.
+
+    Args:
+        core (FunctionalVmas): whose simulation is recorded.
+        display (Display): makes entries of what a step shows.
+        mode (str): "trace" runs the recorded graphs as they are, "compile" compiles them, "cudagraph" captures
+            what was compiled.
+        check (bool): refuses actions that are NaN or no valid choice.
+        spare_resets (bool): takes initial states from ones drawn ahead.
+        max_steps (int, optional): time limit of an episode.
+
+    Raises:
+        Untraceable: see there; the core is then as it was.
+    """
+
+    @property
+    def fits_one_graph(self) -> bool:
+        """Whether steps and resets can be a part of one CUDA graph with the policy, which draws from another stream."""
+        return self._mode == "cudagraph" and self._spare_resets and not self.recording.draws
+
+    def begin_in_place(self) -> tuple[list[Tensor], list[Tensor]]:
+        """State and spares in the places where a graph advances them, the spares filled up if it is time."""
+        state, spares = self.recording.statics
+        for place, x in zip(state, self._state()):
+            if place is not x:
+                place.copy_(x)
+        self._hold(state)
+        for place, x in zip(spares, self._filled(state)):
+            if place is not x:
+                place.copy_(x)
+        self._spares = spares
+        return state, spares
+
+    def inside(
+        self, state: list[Tensor], spares: list[Tensor], entries: Any, sums: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], Transition]:
+        """State, counters and `transition` as functions, to be captured."""
+        recording = self.recording
+        n, m = len(state), recording.shown.num_leaves
+        state, shown, (rewards, totals, sums) = self._parts(
+            recording.step(state + self._given(self._actions(entries)) + sums, inside=True), len(sums)
+        )
+        mask = shown[self._done].squeeze(-1)
+        *outputs, _ = recording.take.inside(state + shown + spares + [mask])
+        return outputs[:n], outputs[n + m :], Transition(shown, rewards, totals, outputs[n : n + m], sums)
 
 
 def _host_draws() -> tuple[Any, ...]:

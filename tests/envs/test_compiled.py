@@ -11,7 +11,6 @@ from typing import Any, Iterator
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 from toys import record
 
 from tdmarl.envs import capture
