@@ -13,7 +13,7 @@ from tdmarl.envs.layout import environments_last, last
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
 # of its uses.
-_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 2, "size_asserts": False}
+_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 4, "size_asserts": False}
 
 
 class Part(NamedTuple):
