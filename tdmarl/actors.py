@@ -33,6 +33,17 @@ _WEIGHTS = (
 )
 
 
+def one_hot(index: Tensor, count: int) -> Tensor:
+    """Indices as vectors ``[*B, count]`` of integers. ``torch``'s function of that name reads the CPU's memory.
+
+    Example:
+        >>> one_hot(torch.tensor([2, 0]), 3)
+        tensor([[0, 0, 1],
+                [1, 0, 0]])
+    """
+    return (index.unsqueeze(-1) == torch.arange(count, device=index.device)).to(torch.int64)
+
+
 class _Box(Distribution):
     """An independent normal per action dimension of a box; dimensions with ``low == high`` are padding."""
 
@@ -143,11 +154,6 @@ class TanhNormal(_Box):
         return self._squash(self.loc)
 
 
-def one_hot(index: Tensor, size: int) -> Tensor:
-    """Which of ``size`` entries, as booleans ``[..., size]``; torch's own function reads the indices on the host."""
-    return index.unsqueeze(-1) == torch.arange(size, device=index.device)
-
-
 class MaskedCategorical(Distribution):
     """One discrete choice, or several at once, over the available actions only.
 
@@ -187,7 +193,7 @@ class MaskedCategorical(Distribution):
 
     def _joined(self, choices: list[Tensor]) -> Tensor:
         if self.one_hot:
-            return one_hot(choices[0], self.nvec[0]).long()
+            return one_hot(choices[0], self.nvec[0])
         return torch.stack(choices, -1) if len(choices) > 1 else choices[0]
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # type: ignore[override]

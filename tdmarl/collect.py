@@ -20,6 +20,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdmarl import seeds
 from tdmarl.actors import MaskedCategorical, choices
+from tdmarl.rollout import Rollout
 
 
 def hidden_entries(policy: Any) -> dict[NestedKey, torch.Size]:
@@ -47,7 +48,7 @@ class Stepper:
         self.hidden = hidden_entries(policy)
         shown = [*env.full_observation_spec.keys(True, True), *env.full_done_spec.keys(True, True)]
         self._shown = list(dict.fromkeys(shown))
-        self._sums: dict[NestedKey, NestedKey] = {
+        self.sums: dict[NestedKey, NestedKey] = {
             key: _sibling(key, "episode_reward") for key in env.reward_keys
         }
 
@@ -57,8 +58,8 @@ class Stepper:
         root.set("is_init", torch.ones_like(root.get("done")))
         for key, shape in self.hidden.items():
             root.set(key, torch.zeros(self.env.batch_size + shape, device=self.env.device))
-        for key, spec in ((k, self.env.full_reward_spec[k]) for k in self._sums):
-            root.set(self._sums[key], spec.zero())
+        for key, spec in ((k, self.env.full_reward_spec[k]) for k in self.sums):
+            root.set(self.sums[key], spec.zero())
         return root
 
     def __call__(
@@ -73,8 +74,8 @@ class Stepper:
         Returns:
             tuple: the transition (with ``next``), and the next root.
         """
-        sums = {key: root.get(entry) for key, entry in self._sums.items()}
-        step = (act or self.policy)(root.exclude(*self._sums.values()))
+        sums = {key: root.get(entry) for key, entry in self.sums.items()}
+        step = (act or self.policy)(root.exclude(*self.sums.values()))
         carried = {key: step.pop(("next", *_tuple(key)), None) for key in self.hidden}
         step = self.env.step(step)
         after = step.get("next")
@@ -84,7 +85,7 @@ class Stepper:
         else:
             following = self.env.maybe_reset(after.select(*self._shown, strict=False))
         following = following.select(*self._shown, strict=False)
-        for key, entry in self._sums.items():
+        for key, entry in self.sums.items():
             total = sums[key] + after.get(key)
             after.set(entry, total)
             following.set(entry, total.masked_fill(_like(done, total), 0))
@@ -228,9 +229,10 @@ class Collector(BaseCollector):
             )
         probable = [key for key in getattr(policy, "out_keys", ()) if _tuple(key)[-1] == "action_log_prob"]
         if init_random_frames > 0 and probable:
-            raise ValueError(
-                f"init_random_frames={init_random_frames}: random actions would be stored with the probabilities "
-                f"{probable} of other ones, from which on-policy learning goes wrong. It is for off-policy learning."
+            warnings.warn(
+                f"init_random_frames={init_random_frames}: random actions are stored with the probabilities {probable} "
+                "of other ones, from which on-policy learning goes wrong. It is for off-policy learning.",
+                stacklevel=2,
             )
         if "done" not in self.env.full_done_spec.keys():
             raise ValueError(
@@ -245,6 +247,7 @@ class Collector(BaseCollector):
         self.closed = False
         self._stepper = Stepper(self.env, policy)
         self._random = RandomActions(self.env, policy)
+        self._fused = Rollout(self.env, policy, self._stepper.sums, list(self._stepper.hidden))
         self._root: TensorDictBase | None = None
         self._frames, self._iter = 0, -1
         _live.add(self)
@@ -269,18 +272,23 @@ class Collector(BaseCollector):
         """The next batch, ``[*E, T]``."""
         if self.closed:
             raise RuntimeError("The collector was shut down: make a new one.")
-        n_envs, steps = self.env.batch_size.numel(), []
         root = self._stepper.start() if self._root is None else self._root
+        n_envs = self.env.batch_size.numel()
+        acts = [self._frames + t * n_envs >= self.init_random_frames for t in range(self.steps)]
         with seeds.routed(self.generator), set_exploration_type(ExplorationType.RANDOM):
-            for t in range(self.steps):
-                at_random = self._frames + t * n_envs < self.init_random_frames
-                step, root = self._stepper(root, self._random if at_random else None)
-                steps.append(step)
-        self._root = root
+            fused = self._fused if self._fused.is_possible() else None
+            batch, self._root = self._one_by_one(root, acts) if fused is None else fused(root, self._random, acts)
         self._frames += self.frames_per_batch
         self._iter += 1
-        batch: Any = torch.stack(steps, self.env.batch_dims)
         return batch.refine_names(..., "time")
+
+    def _one_by_one(self, root: TensorDictBase, acts: list[bool]) -> tuple[Any, TensorDictBase]:
+        """A batch of any environment, and what the policy sees next."""
+        steps = []
+        for own in acts:
+            step, root = self._stepper(root, None if own else self._random)
+            steps.append(step)
+        return torch.stack(steps, self.env.batch_dims), root
 
     def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the policy is the learner's own object. TorchRL's loops call it after each update."""

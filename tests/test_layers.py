@@ -20,7 +20,9 @@ LAYERS = [
     {"buffers", "losses", "prepare", "step", "targets", "trust"},
     {"learners", "team_values", "team_actions", "replay"},
     {"mixing", "maddpg_loss"},
-    {"envs", "collect", "log", "stats", "plot", "video", "distributed"},
+    {"envs", "log", "stats", "plot", "video", "distributed"},
+    {"rollout"},
+    {"collect"},
     {"evaluate"},
     {"options"},
     {"run"},
@@ -30,6 +32,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NO_ALGORITHMS = {
     "envs",
+    "rollout",
     "collect",
     "evaluate",
     "run",

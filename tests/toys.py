@@ -126,3 +126,26 @@ class SeededLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
         return (torch.bmm(flat, self.weight) + self.bias.unsqueeze(1)).reshape(*x.shape[:-1], -1)
+
+
+def record(run, count):
+    """Stands in for the capture of a CUDA graph: a replay writes its results to where they were when it was captured.
+
+    Args:
+        run (callable): with a cell `outputs`, the list of what it made.
+        count (list of one int): how many replays there were.
+    """
+    for _ in range(3):
+        run()
+    cells = dict(zip(run.__code__.co_freevars, run.__closure__ or ()))
+    outputs = cells["outputs"].cell_contents
+    static = list(outputs)
+
+    def replay():
+        run()
+        for place, value in zip(static, outputs):
+            place.copy_(value)
+        outputs[:] = static
+        count[0] += 1
+
+    return replay

@@ -13,7 +13,7 @@ from tdmarl.envs.layout import environments_last, last
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
 # of its uses.
-_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 2}
+_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 4, "size_asserts": False}
 
 
 class Part(NamedTuple):
@@ -34,7 +34,8 @@ class Function:
         carry (set of int): outputs that are the inputs of the same place in the next call.
         mode (str): "trace" runs the graph as it is, "compile" compiles it, "cudagraph" also captures it.
         streams (context): where random numbers come from.
-        rows (set of int): which inputs are, and which outputs become, contiguous; others have environments last.
+        rows (pair of sets of int, optional): which inputs are, and which outputs become, contiguous; others have
+            environments last. None leaves the graph's order in memory as it is.
         shared (set of int): inputs that are another captured function's own and are used where they are.
     """
 
@@ -46,22 +47,26 @@ class Function:
         carry: set[int],
         mode: str,
         streams: Any,
-        rows: tuple[set[int], set[int]],
+        rows: tuple[set[int], set[int]] | None,
         shared: set[int],
     ) -> None:
         outputs = list(range(tracing.outputs(graph)))
         self._used = sorted(tracing.needed(graph, outputs))
         tracing.restrict(graph, self._used, outputs)
-        self._streams: Any = streams if tracing.has_draws(graph) else contextlib.nullcontext()
-        inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
-        graph = environments_last(graph, inputs, envs, contiguous=rows[1])
+        self.draws = tracing.has_draws(graph)
+        self._streams: Any = streams if self.draws else contextlib.nullcontext()
+        if rows is None:
+            inputs = [inputs[i] for i in self._used]
+        else:
+            inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
+            graph = environments_last(graph, inputs, envs, contiguous=rows[1])
         self.operations = tracing.operations(graph)
         self._call: Callable[..., Any] = graph
         if mode != "trace":
             with torch.no_grad():
                 examples: list[Any] = list(inputs)
                 self._call = torch._inductor.compile(graph, examples, options=_INDUCTOR)
-        self.graph = graph
+        self.graph, self._plain = graph, self._call
         if mode == "cudagraph":
             own = [i for i, place in enumerate(self._used) if place in shared]
             back = [(i, place) for i, place in enumerate(self._used) if place in carry]
@@ -70,6 +75,10 @@ class Function:
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), self._streams:
             return list(self._call(*[inputs[i] for i in self._used]))
+
+    def inside(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The same as a part of another function that is captured as a whole."""
+        return list(self._plain(*[inputs[i] for i in self._used]))
 
     def own(self, inputs: list[Tensor]) -> list[Tensor]:
         """The inputs, those that a captured graph keeps in fixed places replaced by these places."""
@@ -104,7 +113,6 @@ class Captured:
         record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ) -> None:
         self.inputs = [x if i in own else torch.empty_like(x).copy_(x) for i, x in enumerate(inputs)]
-        self._back = back
         outputs: list[Tensor] = []
 
         def run() -> None:
@@ -116,19 +124,19 @@ class Captured:
         self._replay = (record or _capture)(run)
         torch._foreach_copy_(self.inputs, saved)  # recording may have run the function
         self._outputs = outputs
+        self._carried = {o: self.inputs[i] for i, o in back}
+        self._fresh = [o for o in range(len(outputs)) if o not in self._carried]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         moved = [(mine, x) for mine, x in zip(self.inputs, inputs) if mine is not x]
         if moved:
             torch._foreach_copy_([mine for mine, _ in moved], [x for _, x in moved])
         self._replay()
-        carried = {o: self.inputs[i] for i, o in self._back}
-        fresh = [i for i in range(len(self._outputs)) if i not in carried]
-        found = [torch.empty_like(self._outputs[i]) for i in fresh]
+        found = [torch.empty_like(self._outputs[o]) for o in self._fresh]
         if found:
-            torch._foreach_copy_(found, [self._outputs[i] for i in fresh])
-        copies = dict(zip(fresh, found))
-        return [carried[i] if i in carried else copies[i] for i in range(len(self._outputs))]
+            torch._foreach_copy_(found, [self._outputs[o] for o in self._fresh])
+        copies = dict(zip(self._fresh, found))
+        return [self._carried[o] if o in self._carried else copies[o] for o in range(len(self._outputs))]
 
 
 def _capture(run: Callable[[], None]) -> Callable[[], None]:

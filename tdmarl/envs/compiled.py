@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,24 +21,23 @@ from tdmarl.envs.slots import python_values, walk
 _PERIOD = 16  # resets between two draws of initial states for all environments
 
 
-class CompiledVmas:
-    """Stands for the eager step and masked reset of a `VmasEnv`.
+class Transition(NamedTuple):
+    """A step and the reset of what ended, as tensors in the order of a recording's keys."""
 
-    VMAS's Python only runs to be recorded; what a step or a reset needs of the state is `FunctionalVmas.held`
-    from then on.
+    shown: list[Tensor]  # after the step
+    rewards: list[Tensor]
+    totals: list[Tensor]  # of each episode up to this step
+    following: list[Tensor]  # what is shown where finished environments are reset
+    sums: list[Tensor]  # totals, begun anew in those
 
-    Args:
-        core (FunctionalVmas): whose simulation is recorded.
-        display (Display): makes entries of what a step shows.
-        mode (str): "trace" runs the recorded graphs as they are, "compile" compiles them, "cudagraph" captures
-            what was compiled.
-        check (bool): refuses actions that are NaN or no valid choice.
-        spare_resets (bool): takes initial states from ones drawn ahead.
-        max_steps (int, optional): time limit of an episode.
 
-    Raises:
-        Untraceable: see there; the core is then as it was.
-    """
+def is_surely_false(flags: Tensor) -> bool:
+    """Whether no flag is set, if that is known without waiting: on a CPU, where memory is looked at; else no."""
+    return flags.device.type == "cpu" and not flags.numpy().any()
+
+
+class _Running:
+    """Steps and resets as recorded functions, of a state and of spares that are kept here."""
 
     def __init__(
         self,
@@ -51,12 +50,14 @@ class CompiledVmas:
     ) -> None:
         if core.slots.changing:
             raise tracing.Untraceable(f"the Python value {core.slots.changing[0]} changes from step to step")
-        self._core, self._groups = core, display.groups if check else []
-        self._envs, self._spare_resets = core.simulation.envs, spare_resets
+        self._core, self._groups, self._check = core, display.groups, check
+        self._envs, self._spare_resets, self._mode = core.simulation.envs, spare_resets, mode
+        # On a CPU it is known when an environment has no spare left; elsewhere nobody asks.
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
+        self._period *= core.simulation.device.type != "cpu"
         self._spares: list[Tensor] | None = None
         self._own: dict[str, Tensor] | None = None
-        self._until_refill = 0
+        self._until_refill, self._lacks = 0, True
         simulation, saved = core.simulation, {name: value.clone() for name, value in core._read().items()}
         streams, fixed_size, grad_mode = core.streams.state(), simulation.fixed_size, simulation.grad_mode
         core.held, simulation.fixed_size, simulation.grad_mode = None, True, torch.no_grad
@@ -72,32 +73,67 @@ class CompiledVmas:
             core._write({name: value.clone() for name, value in saved.items()})
         self._hold([last(saved[name], self._envs) for name in self.recording.names])
         self._frozen_at = self._frozen()
+        self._done = self.recording.paths.index(("done",))
 
     def step(self, actions: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Nested entries and rewards after a step with one action per group."""
-        recording, groups = self.recording, self._groups
-        outputs = recording.step(self._state() + actions)
-        n, m = len(recording.names), recording.shown.num_leaves
-        valid, shown, rewards = outputs[n : n + len(groups)], n + len(groups), n + len(groups) + m
-        for group, flag in zip(groups, valid):
-            group.refuse_unless(flag)
-        self._hold(outputs[:n])
-        entries = pytree.tree_unflatten(outputs[shown:rewards], recording.shown)
-        return entries, pytree.tree_unflatten(outputs[rewards:], recording.rewards)
+        shown, (rewards, _, _) = self._advance(actions, self.recording.no_sums)
+        nested = {group: {name: value} for (group, name), value in zip(self.recording.reward_paths, rewards)}
+        return pytree.tree_unflatten(shown, self.recording.shown), nested
 
     def reset(self, mask: Tensor, shown: TensorDict) -> dict[str, Any]:
         """Resets the environments where `mask` [E] is True; of the others the entries stay `shown`."""
-        recording = self.recording
-        state, leaves = self._state(), [shown.get(path) for path in recording.paths]
+        shown_before = [shown.get(path).contiguous() for path in self.recording.paths]
+        leaves = self._restart(mask.contiguous(), shown_before)
+        return pytree.tree_unflatten(leaves, self.recording.shown)
+
+    def transition(self, entries: Any, sums: list[Tensor]) -> Transition:
+        """A step, and the reset of what ended in it.
+
+        Args:
+            entries (mapping): has each group's action under `(group, "action")`.
+            sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
+        """
+        shown, (rewards, totals, sums) = self._advance(self._actions(entries), sums)
+        mask = shown[self._done].squeeze(-1)
+        following = shown if is_surely_false(mask) else self._restart(mask, shown)
+        return Transition(shown, rewards, totals, following, sums)
+
+    def _actions(self, entries: Any) -> list[Tensor]:
+        return [group.action(entries) for group in self._groups]
+
+    def _given(self, actions: list[Tensor]) -> list[Tensor]:
+        """As they were recorded: compiled code does not look."""
+        groups = self._groups
+        return [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
+
+    def _parts(self, outputs: list[Tensor], k: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """State, what is shown, and returns, if the actions were valid."""
+        n, m = len(self.recording.names), self.recording.shown.num_leaves
+        start = n + (len(self._groups) if self._check else 0)
+        for group, flag in zip(self._groups, outputs[n:start]):
+            group.refuse_unless(flag)
+        returns = outputs[start + m :]
+        return outputs[:n], outputs[start : start + m], [returns[:k], returns[k : 2 * k], returns[2 * k :]]
+
+    def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        outputs = self.recording.step(self._state() + self._given(actions) + sums)
+        state, shown, returns = self._parts(outputs, len(sums))
+        self._hold(state)
+        return shown, returns
+
+    def _restart(self, mask: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        recording, state = self.recording, self._state()
         n, m = len(state), len(leaves)
         if self._spare_resets:
             spares = self._filled(state)
-            outputs = recording.take(state + leaves + spares + [mask])
+            *outputs, lacks = recording.take(state + leaves + spares + [mask])
             self._spares = outputs[n + m :] + spares[3:]
+            self._lacks = not is_surely_false(lacks)
         else:
             outputs = recording.renew(state + leaves + [mask])
         self._hold(outputs[:n])
-        return pytree.tree_unflatten(outputs[n : n + m], recording.shown)
+        return outputs[n : n + m]
 
     def forget_spares(self) -> None:
         """The next reset draws anew, as after a seed."""
@@ -122,6 +158,7 @@ class CompiledVmas:
         device = self._core.simulation.device
         ordered = [drawn[f"drawn:{i}"].to(device, copy=True) for i in range(len(drawn))]
         self._spares = [last(x, self._envs) for x in ordered] or None
+        self._lacks = self._spares is not None and bool((self._spares[0] == 0).any())
 
     def is_stale(self) -> bool:
         """Whether a Python value or a fixed tensor of the scenario, frozen in the graphs, has changed."""
@@ -140,8 +177,9 @@ class CompiledVmas:
 
     def _filled(self, state: list[Tensor]) -> list[Tensor]:
         if self._spares is None:
-            self._spares, self._until_refill = self.recording.refill(self.recording.empty + state), 0
-        if self._until_refill == 0:
+            self._spares = self.recording.refill(self.recording.empty + state)
+            self._until_refill, self._lacks = 0, True
+        if self._lacks and self._until_refill <= 0:
             self._spares, self._until_refill = self.recording.refill(self._spares + state), self._period
         self._until_refill -= 1
         return self._spares
@@ -155,6 +193,57 @@ class CompiledVmas:
             if isinstance(value, Tensor) and name not in slots
         }
         return python_values(scenario) | fixed
+
+
+class CompiledVmas(_Running):
+    """Stands for the eager step and masked reset of a `VmasEnv`.
+
+    VMAS's Python only runs to be recorded; what a step or a reset needs of the state is `FunctionalVmas.held`
+    from then on.
+
+    Args:
+        core (FunctionalVmas): whose simulation is recorded.
+        display (Display): makes entries of what a step shows.
+        mode (str): "trace" runs the recorded graphs as they are, "compile" compiles them, "cudagraph" captures
+            what was compiled.
+        check (bool): refuses actions that are NaN or no valid choice.
+        spare_resets (bool): takes initial states from ones drawn ahead.
+        max_steps (int, optional): time limit of an episode.
+
+    Raises:
+        Untraceable: see there; the core is then as it was.
+    """
+
+    @property
+    def fits_one_graph(self) -> bool:
+        """Whether steps and resets can be a part of one CUDA graph with the policy, which draws from another stream."""
+        return self._mode == "cudagraph" and self._spare_resets and not self.recording.draws
+
+    def begin_in_place(self) -> tuple[list[Tensor], list[Tensor]]:
+        """State and spares in the places where a graph advances them, the spares filled up if it is time."""
+        state, spares = self.recording.statics
+        for place, x in zip(state, self._state()):
+            if place is not x:
+                place.copy_(x)
+        self._hold(state)
+        for place, x in zip(spares, self._filled(state)):
+            if place is not x:
+                place.copy_(x)
+        self._spares = spares
+        return state, spares
+
+    def inside(
+        self, state: list[Tensor], spares: list[Tensor], entries: Any, sums: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], Transition]:
+        """State, counters and `transition` as functions, to be captured."""
+        recording = self.recording
+        n, m = len(state), recording.shown.num_leaves
+        state, shown, (rewards, totals, sums) = self._parts(
+            recording.step(state + self._given(self._actions(entries)) + sums, inside=True), len(sums)
+        )
+        mask = shown[self._done].squeeze(-1)
+        *outputs, _ = recording.take.inside(state + shown + spares + [mask])
+        return outputs[:n], outputs[n + m :], Transition(shown, rewards, totals, outputs[n : n + m], sums)
 
 
 def _host_draws() -> tuple[Any, ...]:

@@ -125,8 +125,8 @@ class Group:
             self.refuse_unless(~self.actions.invalid(action).any())
         return self.actions.decode(action)
 
-    def action(self, tensordict: TensorDictBase) -> Tensor:
-        """The group's entry, its shape checked."""
+    def action(self, tensordict: Any) -> Tensor:
+        """The group's entry of a tensordict, or of a dictionary by tuples, its shape checked."""
         key, spec = (self.name, "action"), self.actions.spec
         expected = (self._envs, *spec.shape)
         action = tensordict.get(key, None)

@@ -189,12 +189,12 @@ class _Rewriter:
 
     def pointwise(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Operations on corresponding elements, with broadcasting."""
-        kwargs = {key: value for key, value in kwargs.items() if key != "memory_format"}
         shapes = [a.shape for a in args if isinstance(a, _Value)]
         shape = shapes[0] if target is aten.copy.default else torch.broadcast_shapes(*shapes)
         place, rank = _place(shape, self.envs), len(shape)
         if place is None:
             return self.emit(target, *args, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key != "memory_format"}
         moved = []
         for a in args:
             if isinstance(a, _Value) and a.ndim:

@@ -2,10 +2,13 @@
 
 Every function takes what it carries on from call to call first, and returns that first:
 
-    step    state, actions                       -> state, whether actions are valid, what is shown, rewards
+    step    state, actions, sums                 -> state, whether actions are valid, what is shown, returns
     refill  counters, spares, state              -> counters, spares
-    take    state, shown, counters, spares, mask -> state, shown, counters
+    take    state, shown, counters, spares, mask -> state, shown, counters, whether a spare is lacking
     renew   state, shown, mask                   -> state, shown                              (without spares)
+
+Returns are the rewards, the sums of each episode's rewards up to them, and these sums for the next step, which begin
+anew where an episode ended.
 
 A step with many substeps is cut into `begin` (actions, first substep), `go_on` (one substep, called again and
 again) and `end`, so that graphs stay small. Spares are two layers of what a reset writes and shows, with three
@@ -38,10 +41,9 @@ Traced = Callable[..., list[Tensor]]
 class _Recorder:
     """What recording a step and recording a reset have in common."""
 
-    names: list[str]
     shown: Any
-    rewards: Any
     paths: list[tuple[str, ...]]
+    reward_paths: list[tuple[str, ...]]
 
     def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool) -> None:
         self._core, self._display, self._mode, self._check = core, display, mode, check
@@ -66,14 +68,18 @@ class _Recorder:
                 agents[i] = own
         return agents, valid
 
-    def _entries(self, out: Any) -> list[Tensor]:
+    def _entries(self, out: Any, sums: tuple[Tensor, ...] = ()) -> list[Tensor]:
         entries = self._display.with_ends(self._display(out, self._core.simulation.steps))
         shown, self.shown = pytree.tree_flatten(entries)
         self.paths = [_keys(path) for path, _ in pytree.tree_flatten_with_path(entries)[0]]
         if not out.reward:
             return shown
-        rewards, self.rewards = pytree.tree_flatten(self._display.rewards(out))
-        return shown + rewards
+        rewards = self._display.rewards(out)
+        self.reward_paths = [_keys(path) for path, _ in pytree.tree_flatten_with_path(rewards)[0]]
+        earned: list[Tensor] = pytree.tree_leaves(rewards)
+        totals = [total + reward for total, reward in zip(sums, earned)]
+        done = entries["done"].unsqueeze(-1)  # [E, 1, 1]
+        return [*shown, *earned, *totals, *(total.masked_fill(done, 0) for total in totals)]
 
     def _draw(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
@@ -98,128 +104,13 @@ class _Recorder:
         return function
 
 
-class Recording(_Recorder):
-    """The functions of one environment.
+class _Resets(_Recorder):
+    """Recording of resets, once what a step carries on is known."""
 
-    Args:
-        core (FunctionalVmas): whose simulation runs; its state is any one that it can have.
-        display (Display): makes entries of what is shown.
-        mode (str): see `Function`.
-        check (bool): the step says for each group whether its actions are valid.
-        spares (bool): records `refill` and `take` in place of `renew`.
-
-    Attributes:
-        names (list of str): what of the state is carried on, because something shown depends on it.
-        shown, rewards (TreeSpec): how the entries nest.
-        paths (list of tuples): the keys of what is shown.
-        empty (list of Tensor): counters and spares before the first refill.
-        report (dict): what each function took.
-
-    Raises:
-        Untraceable: see there.
-    """
-
-    def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool, spares: bool) -> None:
-        super().__init__(core, display, mode, check)
-        state = {name: last(value.clone(), self._envs) for name, value in core._read().items()}
-        self._all, values = list(state), list(state.values())
-        actions = [group.actions.random(self._envs) for group in display.groups]
-        moves, seconds = self._trace_moves(values, actions)
-        draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
-        roots = {i for i, name in enumerate(self._all) if name.endswith(_SEEN)}
-        live = sorted(_live([*moves.values(), draw], len(values), roots))
-        self.names = [self._all[i] for i in live]
-        values = [values[i] for i in live]
-        self._make_moves(moves, seconds, live, values, actions)
-        values = next(iter(self._moves.values())).own(values + actions)[: len(live)]
-        # What is one for the batch stays as it is at a reset.
-        written = core.slots.reset_names | {"steps"}
-        self._reset_places = [
-            place
-            for place, name in enumerate(self.names)
-            if name in written and values[place].ndim and values[place].shape[0] == self._envs
-        ]
-        shown = range(len(self._all), len(self._all) + self.shown.num_leaves)
-        tracing.restrict(draw, live, [*(live[place] for place in self._reset_places), *shown])
-        self._draw_graph = draw
-        self._make_reset(values, draw_seconds, spares)
-
-    def step(self, inputs: list[Tensor]) -> list[Tensor]:
-        """See the head of this file."""
-        if "step" in self._moves:
-            return self._moves["step"](inputs)
-        n = len(self.names)
-        outputs = self._moves["begin"](inputs)
-        state, valid = outputs[:n], outputs[n:]
-        for _ in range(self._core.simulation.world._substeps - 1):
-            state = self._moves["go_on"](state)
-        outputs = self._moves["end"](state)
-        return outputs[:n] + valid + outputs[n:]
-
-    def _trace_moves(
-        self, values: list[Tensor], actions: list[Tensor]
-    ) -> tuple[dict[str, fx.GraphModule], dict[str, float]]:
-        found: dict[str, fx.GraphModule] = {}
-        seconds: dict[str, float] = {}
-
-        def record(name: str, function: Traced, inputs: list[Tensor]) -> None:
-            found[name], seconds[name] = _timed(lambda: tracing.trace(function, inputs))
-
-        substeps = self._core.simulation.world._substeps
-        if substeps > 1:
-            record("begin", self._begin, values + actions)
-            record("go_on", self._go_on, values)
-            record("end", self._end, values)
-            once, again, end = map(tracing.operations, found.values())
-            if once + (substeps - 1) * again + end > _LARGE:
-                return found, seconds
-            found, seconds = {}, {}
-        record("step", self._whole, values + actions)
-        return found, seconds
-
-    def _make_moves(
-        self,
-        moves: dict[str, fx.GraphModule],
-        seconds: dict[str, float],
-        live: list[int],
-        values: list[Tensor],
-        actions: list[Tensor],
-    ) -> None:
-        self._moves: dict[str, Function] = {}
-        n, old = len(live), len(self._all)
-        for name, graph in moves.items():
-            given = actions if name in ("step", "begin") else []
-            others = tracing.outputs(graph) - old
-            acts, rest = range(old, old + len(given)), range(old, old + others)
-            tracing.restrict(graph, [*live, *acts], [*live, *rest])
-            rows = set(range(n, n + len(given))), set(range(n, n + others))
-            own = set(range(n)) if self._moves else set()
-            self._moves[name] = self._make(
-                name, graph, values + given, set(range(n)), rows, own, seconds[name]
-            )
-            values = self._moves[name].own(values + given)[:n]
-
-    def _whole(self, *leaves: Tensor) -> list[Tensor]:
-        self._put(leaves)
-        agents, valid = self._decode(leaves[len(self._all) :])
-        out = self._core.simulation.advance(agents)
-        return [*self._state(), *valid, *self._entries(out)]
-
-    def _begin(self, *leaves: Tensor) -> list[Tensor]:
-        self._put(leaves)
-        agents, valid = self._decode(leaves[len(self._all) :])
-        self._core.simulation.begin(agents)
-        return self._state() + valid
-
-    def _go_on(self, *leaves: Tensor) -> list[Tensor]:
-        self._put(leaves)
-        self._core.simulation.go_on()
-        return self._state()
-
-    def _end(self, *leaves: Tensor) -> list[Tensor]:
-        self._put(leaves)
-        out = self._core.simulation.end()
-        return self._state() + self._entries(out)
+    names: list[str]
+    statics: tuple[list[Tensor], list[Tensor]]
+    _reset_places: list[int]
+    _draw_graph: fx.GraphModule
 
     def _make_reset(self, state: list[Tensor], seconds: float, spares: bool) -> None:
         n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
@@ -250,6 +141,7 @@ class Recording(_Recorder):
             seconds + traced,
         )
         ahead = self.refill.own(self.empty + state)[:k]
+        self.statics = state, ahead
         graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
         carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
         self.take = self._make(
@@ -276,14 +168,157 @@ class Recording(_Recorder):
         new = [_where(second, b, a) for a, b in zip(layers[:k], layers[k:])]
         has = mask & (count > 0)
         lacking = (mask & (count == 0)).any()
-        counters = [count - has.to(count.dtype), second ^ has, short | lacking]
-        return self._merged(list(leaves[:n]), new, mask) + counters
+        left = count - has.to(count.dtype)
+        counters = [left, second ^ has, short | lacking]
+        return [*self._merged(list(leaves[:n]), new, mask), *counters, (left == 0).any()]
 
     def _merged(self, carried: list[Tensor], new: list[Tensor], mask: Tensor) -> list[Tensor]:
         """State and what is shown, with what was drawn in the environments of the mask."""
         for place, x in zip([*self._reset_places, *range(len(self.names), len(carried))], new):
             carried[place] = _where(mask, x, carried[place])
         return carried
+
+
+class Recording(_Resets):
+    """The functions of one environment.
+
+    Args:
+        core (FunctionalVmas): whose simulation runs; its state is any one that it can have.
+        display (Display): makes entries of what is shown.
+        mode (str): see `Function`.
+        check (bool): the step says for each group whether its actions are valid.
+        spares (bool): records `refill` and `take` in place of `renew`.
+
+    Attributes:
+        names (list of str): what of the state is carried on, because something shown depends on it.
+        shown (TreeSpec): how the entries nest.
+        paths, reward_paths (lists of tuples): the keys of what is shown, and of rewards.
+        no_sums (list of Tensor): sums of rewards at the beginning of episodes.
+        empty (list of Tensor): counters and spares before the first refill.
+        statics (pair of lists of Tensor): where captured functions keep state and spares.
+        report (dict): what each function took.
+
+    Raises:
+        Untraceable: see there.
+    """
+
+    def __init__(self, core: FunctionalVmas, display: Display, mode: str, check: bool, spares: bool) -> None:
+        super().__init__(core, display, mode, check)
+        state = {name: last(value.clone(), self._envs) for name, value in core._read().items()}
+        self._all, values = list(state), list(state.values())
+        actions = [group.actions.random(self._envs) for group in display.groups]
+        self.no_sums = [
+            torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device)
+            for group in display.groups
+        ]
+        moves, seconds = self._trace_moves(values, actions)
+        draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
+        roots = {i for i, name in enumerate(self._all) if name.endswith(_SEEN)}
+        live = sorted(_live([*moves.values(), draw], len(values), roots))
+        self.names = [self._all[i] for i in live]
+        values = [values[i] for i in live]
+        self._make_moves(moves, seconds, live, values, actions)
+        first = next(iter(self._moves.values()))
+        values = first.own(values + actions + self.no_sums)[: len(live)]
+        # What is one for the batch stays as it is at a reset.
+        written = core.slots.reset_names | {"steps"}
+        self._reset_places = [
+            place
+            for place, name in enumerate(self.names)
+            if name in written and values[place].ndim and values[place].shape[0] == self._envs
+        ]
+        shown = range(len(self._all), len(self._all) + self.shown.num_leaves)
+        tracing.restrict(draw, live, [*(live[place] for place in self._reset_places), *shown])
+        self._draw_graph = draw
+        self._make_reset(values, draw_seconds, spares)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        return any(move.draws for move in self._moves.values())
+
+    def step(self, inputs: list[Tensor], inside: bool = False) -> list[Tensor]:
+        """See the head of this file; `inside` another capture or not."""
+        moves = {name: move.inside if inside else move for name, move in self._moves.items()}
+        if "step" in moves:
+            return moves["step"](inputs)
+        n, sums = len(self.names), len(inputs) - len(self.no_sums)
+        outputs = moves["begin"](inputs[:sums])
+        state, valid = outputs[:n], outputs[n:]
+        for _ in range(self._core.simulation.world._substeps - 1):
+            state = moves["go_on"](state)
+        outputs = moves["end"](state + inputs[sums:])
+        return outputs[:n] + valid + outputs[n:]
+
+    def _trace_moves(
+        self, values: list[Tensor], actions: list[Tensor]
+    ) -> tuple[dict[str, fx.GraphModule], dict[str, float]]:
+        found: dict[str, fx.GraphModule] = {}
+        seconds: dict[str, float] = {}
+
+        def record(name: str, function: Traced, inputs: list[Tensor]) -> None:
+            found[name], seconds[name] = _timed(lambda: tracing.trace(function, inputs))
+
+        substeps = self._core.simulation.world._substeps
+        if substeps > 1:
+            record("begin", self._begin, values + actions)
+            record("go_on", self._go_on, values)
+            record("end", self._end, values + self.no_sums)
+            once, again, end = map(tracing.operations, found.values())
+            if once + (substeps - 1) * again + end > _LARGE:
+                return found, seconds
+            found, seconds = {}, {}
+        record("step", self._whole, values + actions + self.no_sums)
+        return found, seconds
+
+    def _make_moves(
+        self,
+        moves: dict[str, fx.GraphModule],
+        seconds: dict[str, float],
+        live: list[int],
+        values: list[Tensor],
+        actions: list[Tensor],
+    ) -> None:
+        self._moves: dict[str, Function] = {}
+        n, old = len(live), len(self._all)
+        for name, graph in moves.items():
+            given = [
+                *(actions if name in ("step", "begin") else []),
+                *(self.no_sums if name in ("step", "end") else []),
+            ]
+            others = tracing.outputs(graph) - old
+            acts, rest = range(old, old + len(given)), range(old, old + others)
+            tracing.restrict(graph, [*live, *acts], [*live, *rest])
+            rows = set(range(n, n + len(given))), set(range(n, n + others))
+            own = set(range(n)) if self._moves else set()
+            self._moves[name] = self._make(
+                name, graph, values + given, set(range(n)), rows, own, seconds[name]
+            )
+            values = self._moves[name].own(values + given)[:n]
+
+    def _whole(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        n = len(self._all)
+        sums = n + len(self._display.groups)
+        agents, valid = self._decode(leaves[n:sums])
+        out = self._core.simulation.advance(agents)
+        return [*self._state(), *valid, *self._entries(out, leaves[sums:])]
+
+    def _begin(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        agents, valid = self._decode(leaves[len(self._all) :])
+        self._core.simulation.begin(agents)
+        return self._state() + valid
+
+    def _go_on(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        self._core.simulation.go_on()
+        return self._state()
+
+    def _end(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        out = self._core.simulation.end()
+        return self._state() + self._entries(out, leaves[len(self._all) :])
 
 
 def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]:

@@ -119,6 +119,21 @@ def _football(scenario: Any) -> None:
             controller.check_better_positions = own_best(controller.check_better_positions)
 
 
+def _give_way(scenario: Any) -> None:
+    """Where agents begin is drawn for each environment; VMAS draws one place for the batch."""
+    stock, world, zeros = scenario.reset_world_at, scenario.world, torch.zeros
+
+    def per_environment(*size: Any, **kwargs: Any) -> Tensor:
+        own = (world.batch_dim,) if size == (world.dim_p,) else ()
+        return zeros(*own, *size, **kwargs)
+
+    def reset_world_at(env_index: int | None = None) -> None:
+        with replaced((torch, "zeros", per_environment)) if env_index is None else contextlib.nullcontext():
+            stock(env_index)
+
+    scenario.reset_world_at = reset_world_at
+
+
 def _het_mass(scenario: Any) -> None:
     """Masses drawn per environment and kept as tensors; VMAS draws one for the batch from NumPy."""
     stock, world = scenario.reset_world_at, scenario.world
@@ -246,6 +261,7 @@ def _simple_push(scenario: Any) -> None:
 _RULES: dict[str, Callable[[Any], None]] = {
     "ball_passage": _ball_passage,
     "football": _football,
+    "give_way": _give_way,
     "het_mass": _het_mass,
     "joint_passage": _joint_passage,
     "joint_passage_size": _joint_passage_size,

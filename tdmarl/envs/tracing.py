@@ -98,6 +98,8 @@ class Recorder(TorchDispatchMode):
             func = aten.lift_fresh_copy.default
         if func is aten._local_scalar_dense.default and self.changes(args[0]):
             raise HostRead(_place(), "reads a tensor's value")
+        if func._overloadname == "from":  # a word of Python's, which the graph's code could not say
+            raise Untraceable(f"{_place()} draws by Tensor.random_(from, to); torch.randint can be recorded")
         nodes, named = pytree.tree_map_only(Tensor, self.node, (args, kwargs))
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
@@ -250,6 +252,7 @@ def simplify(graph: fx.GraphModule) -> None:
     _drop_places(graph.graph)
     _fold(graph)
     _merge(graph.graph)
+    _drop_repetitions(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -272,7 +275,8 @@ def _same(node: Any) -> fx.Node | None:
         return node.args[0]
     if node.target is aten.copy.default:
         old, new = node.args[:2]
-        if isinstance(new, fx.Node) and all(old.meta.get(k) == new.meta.get(k) for k in ("shape", "dtype")):
+        known = isinstance(new, fx.Node) and "shape" in old.meta and "shape" in new.meta
+        if known and all(old.meta[k] == new.meta[k] for k in ("shape", "dtype")):
             return new
     if node.target is aten.expand.default and list(node.args[0].meta.get("shape", ())) == list(node.args[1]):
         return node.args[0]
@@ -310,6 +314,30 @@ def _merge(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _drop_repetitions(graph: fx.Graph) -> None:
+    """A tensor that is stacked or joined with itself is written once and looked at several times."""
+    for node in list(graph.nodes):
+        if node.target not in (aten.stack.default, aten.cat.default) or "shape" not in node.meta:
+            continue
+        parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        first, shape = parts[0], node.meta["shape"]
+        if len(parts) < 2 or any(part is not first for part in parts):
+            continue
+        with graph.inserting_before(node):
+            if node.target is aten.stack.default:
+                first = graph.call_function(aten.unsqueeze.default, (first, dim))
+            elif first.meta["shape"][dim] != 1:
+                continue
+            found = graph.call_function(aten.expand.default, (first, list(shape)))
+        first.meta.update(
+            dtype=node.meta["dtype"],
+            shape=torch.Size([*shape[: dim % len(shape)], 1, *shape[dim % len(shape) + 1 :]]),
+        )
+        found.meta.update(node.meta)
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
+
+
 _SMALL = 256  # elements; larger constants are cheaper to compute in a fused loop than to read
 
 
@@ -326,6 +354,10 @@ def _fold(graph: fx.GraphModule) -> None:
         ):
             args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
             values[node] = node.target(*args, **kwargs)
+
+    def is_small(node: fx.Node) -> bool:
+        return isinstance(values.get(node), Tensor) and values[node].numel() <= _SMALL
+
     for number, node in enumerate(list(graph.graph.nodes)):
         if node.op != "call_function":
             continue
@@ -334,11 +366,11 @@ def _fold(graph: fx.GraphModule) -> None:
                 raise HostRead("a factorization of a matrix", "checks its success on the host")
             graph.graph.erase_node(node)
             continue
-        value = values.get(node)
-        if isinstance(value, Tensor) and value.numel() <= _SMALL and any(u not in values for u in node.users):
+        if is_small(node) and not all(map(is_small, node.users)):
             name = f"_constant{number}"
             while hasattr(graph, name):
                 name += "_"
+            value = values[node]
             graph.register_buffer(name, value.clone())
             with graph.graph.inserting_before(node):
                 constant = graph.graph.get_attr(name)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
 from tdmarl.envs.actions import ActionOptions
 from tdmarl.envs.capture import Part
-from tdmarl.envs.compiled import CompiledVmas
+from tdmarl.envs.compiled import CompiledVmas, is_surely_false
 from tdmarl.envs.functional import FunctionalVmas, Merge
-from tdmarl.envs.groups import Display, make_groups, make_specs
+from tdmarl.envs.groups import Display, Group, make_groups, make_specs
 from tdmarl.envs.scenarios import replaced
 from tdmarl.envs.tracing import Untraceable
 
@@ -30,9 +31,10 @@ def choose_mode(
 ) -> str:
     """The mode that "auto" stands for, others as they are.
 
-    On two CPU cores compiling took about 60 ms per operation of a scenario, and saved four fifths of what eager
-    PyTorch needs for one, 8 us and 25 ns for each environment. Both grow with the scenario, so the number of steps
-    after which it pays does not depend on it: 2,200 with 1,024 environments, 6,700 with 128.
+    Of the scenarios that were measured on one CPU core, compiling pays last in simple_spread: it takes 14 s, the
+    policy's part included, and a collector's step is faster by 1.4 ms and 0.65 us for each environment. So the least
+    number of steps is 6,700 with 1,024 environments and 9,900 with 16; where steps are dearer (balance, navigation),
+    it would have paid after a half or a third of that.
 
     Raises:
         ValueError: the mode is unknown, or not possible on the device or with gradients.
@@ -47,7 +49,7 @@ def choose_mode(
         return "eager"
     if mode != "auto":
         return mode
-    if expected_steps is None or expected_steps * (num_envs + 320) < 3_000_000:
+    if expected_steps is None or expected_steps * (num_envs + 2_100) < 21_000_000:
         return "eager"
     return "cudagraph" if device.type == "cuda" else "compile"
 
@@ -100,6 +102,9 @@ class _Compiled(EnvBase):
         warnings.warn(f"VMAS scenario '{name}' runs eagerly, not compiled: {reason}.", stacklevel=3)
         self.core.into_objects()
         self.core.held = None
+        self.core.simulation.grad_mode = (
+            torch.inference_mode
+        )  # as in an environment that was eager from the start
 
     def _runner(self) -> CompiledVmas | None:
         """What runs in place of the eager code, up to date with the scenario's Python."""
@@ -115,8 +120,10 @@ class _Compiled(EnvBase):
 
 
 class _Saved(_Compiled):
-    """Explicit state of an environment that has a `core` and keeps what it showed `_last`."""
+    """State of an environment that has a `core` and keeps what it showed `_last`: saved, set, and gone on from."""
 
+    groups: list[Group]
+    num_envs: int
     _last: TensorDict
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -151,6 +158,34 @@ class _Saved(_Compiled):
     def detach(self) -> None:
         """Cuts the graph of `grad_enabled=True` here: later rewards depend on later actions alone."""
         self.core.set_state(self.core.get_state().detach())
+
+    def transitions(self) -> CompiledVmas | None:
+        """What makes a step and the reset of what ended as functions of tensors, for a collector; None if it runs
+        eagerly, or if a subclass changes what a step or a reset does."""
+        if any(
+            getattr(type(self), name) is not getattr(VmasEnv, name) for name in ("step", "_step", "_reset")
+        ):
+            return None
+        return self._runner()
+
+    def go_on_from(self, shown: list[Tensor]) -> None:
+        """Takes what the last of `transitions` showed for this environment's present."""
+        assert self._compiled is not None
+        self._last = self._tensordict(pytree.tree_unflatten(shown, self._compiled.recording.shown))
+
+    def _say_if_short(self) -> None:
+        if self._compiled is not None and self._compiled.ran_short:
+            warnings.warn(
+                "episodes were so short that some environments began twice from one initial state;"
+                " spare_resets=False draws anew at every end.",
+                stacklevel=4,
+            )
+
+    def _tensordict(self, entries: dict[str, Any]) -> TensorDict:
+        for group in self.groups:
+            size = torch.Size([self.num_envs, len(group.indices)])
+            entries[group.name] = _tensordict(entries[group.name], size, self.device)
+        return _tensordict(entries, self.batch_size, self.device)
 
 
 class VmasEnv(_Saved):
@@ -319,8 +354,8 @@ class VmasEnv(_Saved):
         """What the policy sees after a step: the `next` entries of that step, with finished environments
         reset.
 
-        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. The eager mode does nothing on the
-        CPU when no environment ended; otherwise nothing is asked.
+        Stands for `step_mdp` and `maybe_reset` together in a collector's loop. On a CPU nothing is done when no
+        environment ended; elsewhere nothing is asked.
 
         Args:
             next_tensordict (TensorDict): `tensordict["next"]` of the step made last.
@@ -329,23 +364,9 @@ class VmasEnv(_Saved):
             A new tensordict [E] with the observation entries and done, terminated, truncated; no reward.
         """
         done = next_tensordict.get("done")
-        if self.mode == "eager" and done.device.type == "cpu" and not done.any():
+        if is_surely_false(done):
             return self._last.copy()
         return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
-
-    def _say_if_short(self) -> None:
-        if self._compiled is not None and self._compiled.ran_short:
-            warnings.warn(
-                "episodes were so short that some environments began twice from one initial state;"
-                " spare_resets=False draws anew at every end.",
-                stacklevel=4,
-            )
-
-    def _tensordict(self, entries: dict[str, Any]) -> TensorDict:
-        for group in self.groups:
-            size = torch.Size([self.num_envs, len(group.indices)])
-            entries[group.name] = _tensordict(entries[group.name], size, self.device)
-        return _tensordict(entries, self.batch_size, self.device)
 
     def render(self, env_index: int = 0, **kwargs: Any) -> Any:
         """One environment's picture from VMAS's viewer, uint8 `[height, width, 3]`."""

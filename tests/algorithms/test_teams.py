@@ -99,10 +99,10 @@ def test_a_team_of_several_groups_has_any_name():
     assert list(algo.learner(batch).keys()) == ["both"]
 
 
-def test_random_frames_are_refused_where_probabilities_are_learnt_from():
+def test_random_frames_warn_where_probabilities_are_learnt_from():
     env = ToyEnv(groups=MIXED)
     algo = tdmarl.per_group(env, a=make("mappo", env, "a"), b=tdmarl.random_policy(env, "b"))
-    with pytest.raises(ValueError, match="off-policy"):
+    with pytest.warns(UserWarning, match="off-policy"):
         tdmarl.Collector(env, algo.explore, frames_per_batch=20, init_random_frames=20)
 
 

@@ -6,12 +6,12 @@ import importlib.util
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from toys import record
 
 from tdmarl.envs import capture
 from tdmarl.envs.vmas import VmasEnv, choose_mode
@@ -148,29 +148,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Stands in for compiler and capture; counts the replays.
-
-    As a CUDA graph does, a replay writes its results to where they were when it was captured.
-    """
+    """Stands in for compiler and capture; counts the replays."""
     count = [0]
-
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        for _ in range(3):
-            run()
-        cells = dict(zip(run.__code__.co_freevars, run.__closure__ or ()))
-        outputs: list[Tensor] = cells["outputs"].cell_contents
-        static = list(outputs)
-
-        def replay() -> None:
-            run()
-            for place, value in zip(static, outputs):
-                place.copy_(value)
-            outputs[:] = static
-            count[0] += 1
-
-        return replay
-
-    monkeypatch.setattr(capture, "_capture", record)
+    monkeypatch.setattr(capture, "_capture", lambda run: record(run, count))
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     yield count
 
@@ -283,6 +263,17 @@ def test_what_is_set_through_the_scenario_holds(own: ModuleType, later: str) -> 
     assert env.scenario.bonus == 7.0
     play(env, 2)
     assert env._compiled is kept, "looking changes nothing"
+
+
+def test_after_a_fallback_it_is_as_fast_as_one_that_was_eager_from_the_start(own: ModuleType) -> None:
+    env = VmasEnv(own.Branching, num_envs=6, seed=0, mode="trace")
+    with pytest.warns(UserWarning, match="eagerly"):
+        env.compile()
+    assert env.core.simulation.grad_mode is torch.inference_mode
+    state = env.state_dict()
+    expected = play(env, 3)
+    env.load_state_dict(state)
+    assert_same(play(env, 3), expected)
 
 
 def test_a_value_that_keeps_changing_ends_in_one_warning(own: ModuleType) -> None:
@@ -503,6 +494,8 @@ def test_modes_are_checked_when_built() -> None:
     [
         ("cpu", None, "eager"),
         ("cpu", 100, "eager"),
+        ("cpu", 6_000, "eager"),
+        ("cpu", 7_000, "compile"),
         ("cpu", 1_000_000, "compile"),
         ("cuda", 100, "eager"),
         ("cuda", 1_000_000, "cudagraph"),

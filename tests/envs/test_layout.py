@@ -43,6 +43,8 @@ def test_last_moves_memory_alone() -> None:
         lambda a, b, c, d: torch.stack([a, a + 1, a * c.unsqueeze(-1)], 1) - b,
         lambda a, b, c, d: torch.stack([c, -c], -1),
         lambda a, b, c, d: torch.stack([a, a], 0),
+        lambda a, b, c, d: torch.stack([a, a, a], 1) + b,
+        lambda a, b, c, d: d[:, None].expand(3, 2).reshape(6) + 1,
         lambda a, b, c, d: torch.cat([a, b.flatten(1), c[:, None]], -1),
         lambda a, b, c, d: torch.cat([a, a + 1], 0),
         lambda a, b, c, d: torch.linalg.vector_norm(b - a[:, None], dim=-1),

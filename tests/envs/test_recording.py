@@ -26,7 +26,16 @@ from tdmarl.envs.vmas import VmasEnv
 ALL = [n for n in vmas.scenarios + vmas.mpe_scenarios + vmas.debug_scenarios if n not in UNSUPPORTED]
 SOME = ["simple_reference", "navigation", "transport", "dispersion", "goal"]
 NAMES = ALL if os.environ.get("VMAS_ALL") else SOME
-READS = {"_local_scalar_dense", "item", "nonzero", "nonzero_static", "is_nonzero", "masked_select", "equal", "unique2"}
+READS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "nonzero_static",
+    "is_nonzero",
+    "masked_select",
+    "equal",
+    "unique2",
+}
 
 
 class NoReads(TorchDispatchMode):
@@ -96,7 +105,7 @@ def on_meta(graph: fx.GraphModule) -> fx.GraphModule:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_run_without_a_device(name: str) -> None:
-    env = make(name)
+    env = make(name, max_steps=1)
     recorded = env._compiled.recording
     seen: dict[str, list[Tensor]] = {}
     for key, function in functions(env).items():
@@ -145,7 +154,9 @@ def test_only_what_is_needed_is_carried_on() -> None:
 @pytest.mark.parametrize("name", ["simple_spread", "goal"])
 def test_recording_leaves_no_trace(name: str) -> None:
     """Neither state nor random numbers are moved, and VMAS's own code goes on as if there had been none."""
-    env, other = (VmasEnv(name, num_envs=6, seed=0, mode=mode, spare_resets=False) for mode in ("trace", "eager"))
+    env, other = (
+        VmasEnv(name, num_envs=6, seed=0, mode=mode, spare_resets=False) for mode in ("trace", "eager")
+    )
     before = env.state_dict()
     env.compile()
     after = env.state_dict()

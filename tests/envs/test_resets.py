@@ -30,6 +30,7 @@ BATCH_WIDE = {  # VMAS draws something once for the batch
     "asym_joint",
     "ball_passage",
     "ball_trajectory",
+    "give_way",
     "het_mass",
     "joint_passage",
     "joint_passage_size",
@@ -136,7 +137,9 @@ def test_probabilities_are_those_of_the_tables() -> None:
     assert p_value(1.6276 / math.sqrt(500), 1000, 1000) == pytest.approx(0.01, abs=1e-4)
     grid = (torch.arange(1000.0) / 1000)[:, None]
     assert distance(grid, grid + 0.5).item() == pytest.approx(0.5, abs=1e-3)
-    assert distance(grid, grid).item() == 0 and distance(torch.ones(5, 1), torch.ones(5, 1) + 1e-6).item() == 0
+    assert (
+        distance(grid, grid).item() == 0 and distance(torch.ones(5, 1), torch.ones(5, 1) + 1e-6).item() == 0
+    )
 
 
 @pytest.mark.parametrize("name", ALL if ROWS else FEW)
@@ -152,7 +155,9 @@ def test_initial_states_are_distributed_as_vmas_own(name: str) -> None:
     worst = int(tests.argmax())
     p = min(1.0, p_value(tests[worst].item(), rows, rows) * len(tests))
     TABLE[name] = f"{name}: {mine.shape[1]} {p:.2g} {different(mine)} ({different(theirs)})"
-    assert p > 0.01, f"entry {worst} of {mine.shape[1]} (+{PROJECTIONS} projections): distance {tests[worst]:.3f}"
+    assert p > 0.01, (
+        f"entry {worst} of {mine.shape[1]} (+{PROJECTIONS} projections): distance {tests[worst]:.3f}"
+    )
     if different(theirs) == rows:
         assert different(mine) == rows, "an initial state began two episodes"
 
@@ -184,10 +189,26 @@ def test_every_episode_has_an_initial_state_of_its_own(mode: str) -> None:
 
 
 def test_a_second_use_is_reported() -> None:
-    """Three ends within a draw's period are more than there are initial states."""
-    env = VmasEnv("simple", num_envs=4, seed=0, max_steps=40, mode="trace")
+    """On a GPU, where nobody asks, three ends within a draw's period are more than there are initial states."""
+    env = VmasEnv("simple", num_envs=4, seed=0, max_steps=40, mode="trace").compile()
+    env._compiled._period = 16
     ends = torch.tensor([[True], [False], [False], [False]])
     starts = [env.reset_done(env._last.clone().set("done", ends))["agents", "observation"] for _ in range(3)]
     assert torch.equal(starts[0][1:], starts[2][1:]) and not torch.equal(starts[0][0], starts[1][0])
     with pytest.warns(UserWarning, match="spare_resets=False"):
         env.state_dict()
+
+
+def test_a_cpu_knows_when_there_is_no_initial_state_left() -> None:
+    """And draws only then: one environment ends in every step, twenty times, and never begins from a state twice."""
+    env = VmasEnv("simple_spread", num_envs=4, seed=0, mode="trace").compile()
+    refill, drawn = env._compiled.recording.refill, []
+    env._compiled.recording.refill = lambda inputs: drawn.append(1) or refill(inputs)  # type: ignore[assignment]
+    ends, starts = torch.tensor([[True], [False], [False], [False]]), []
+    for i in range(20):
+        starts.append(
+            env.reset_done(env._last.clone().set("done", ends))["agents", "observation"][0].flatten()
+        )
+        env.reset_done(env._last.clone().set("done", torch.zeros_like(ends)))
+    assert different(torch.stack(starts)) == 20 and not env._compiled.ran_short
+    assert len(drawn) == 20  # two to begin with, and one for each further end of the one that ends most often

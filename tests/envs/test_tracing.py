@@ -166,3 +166,25 @@ def test_needed_and_restrict() -> None:
     tracing.restrict(graph, [0, 2], [2, 0])
     assert [v.tolist() for v in graph(X, Y)] == [[0.5, -1.0, 6.0], [2.0, -1.0, 4.0]]
     assert tracing.outputs(graph) == 2 and "mul" in kinds(graph) and len(kinds(graph)) == 2
+
+
+def test_a_draw_that_code_cannot_name_is_refused_with_its_line() -> None:
+    with pytest.raises(Untraceable, match=r"test_tracing\.py:\d+ draws by Tensor.random_\(from, to\); torch.randint"):
+        trace(lambda x: [x.clone().random_(0, 5)], [X])
+
+
+def test_repeated_parts_and_small_constants_are_not_computed() -> None:
+    """A stack of one tensor is a view of it; a constant is found where only a larger one is made of it."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        ones = torch.stack([torch.tensor(1.0), torch.tensor(2.0)])  # [2]
+        rows = torch.stack([x, x], 1)  # [3, 2]
+        joined = torch.cat([x[:1], x[:1]])  # [2]
+        return [rows * 2, joined + 1, x.new_zeros(400, 2) + ones + x[0]]
+
+    graph = trace(function, [X])
+    for found, expected in zip(graph(X), function(X)):
+        assert torch.equal(found, expected)
+    left = {str(node.target) for node in graph.graph.nodes}
+    assert not {name for name in left if "stack" in name or "cat" in name}
+    assert "aten.expand.default" in left

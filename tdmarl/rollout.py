@@ -1,0 +1,447 @@
+"""Rollouts without tensordicts inside: policy, step, resets and sums of rewards as compiled functions of tensors.
+
+A `Rollout` stands in for a collector's ordinary loop where an environment offers `transitions` (a compiled
+`tdmarl.VmasEnv` does). The policy is recorded and compiled like the environment. One that cannot be recorded, or whose
+Python changes while it acts, is called as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import gc
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdmarl.envs import tracing
+from tdmarl.envs.capture import Captured, Function
+
+CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
+_MOST_BUILDS = 3
+_TRUSTED = "torch", "tensordict", "torchrl", "tdmarl"
+_DEPTH, _MOST_ENTRIES = 4, 256  # how far a policy's Python is looked through
+
+Key = tuple[str, ...]
+Leaves = dict[Key, Tensor]
+
+
+def leaves(tensordict: TensorDictBase) -> Leaves:
+    """Every tensor of a tensordict by its key, a tuple.
+
+    Raises:
+        Untraceable: an entry is none.
+    """
+    found: Leaves = {}
+    for key, value in tensordict.items(include_nested=True, leaves_only=True):
+        if not isinstance(value, Tensor):
+            raise tracing.Untraceable(f"the entry {key} is {type(value).__name__} and no tensor")
+        found[as_tuple(key)] = value
+    return found
+
+
+def as_tuple(key: NestedKey) -> Key:
+    """The key as a tuple."""
+    return (key,) if isinstance(key, str) else key
+
+
+class Layout:
+    """How entries nest: the batch sizes of the tensordicts that hold them.
+
+    Args:
+        root (TensorDictBase): `[E]`, what a policy sees; its nested tensordicts may have more dimensions.
+    """
+
+    def __init__(self, root: TensorDictBase) -> None:
+        self.device = root.device
+        self._sizes: dict[Key, torch.Size] = {(): root.batch_size}
+        for key, value in root.items(include_nested=True):
+            if isinstance(value, TensorDictBase):
+                self._sizes[as_tuple(key)] = value.batch_size
+
+    def nest(self, entries: Leaves, time: int | None = None) -> TensorDict:
+        """A tensordict of the entries, with a dimension of time after the first if there is one.
+
+        It makes no checks, which would cost more than a small policy.
+        """
+        tree: dict[str, Any] = {}
+        for key, value in entries.items():
+            owner = tree
+            for name in key[:-1]:
+                owner = owner.setdefault(name, {})
+            owner[key[-1]] = value
+        return self._tensordict(tree, (), time)
+
+    def _tensordict(self, tree: dict[str, Any], path: Key, time: int | None) -> TensorDict:
+        size = self._sizes.get(path[1:] if path[:1] == ("next",) else path, self._sizes[()])
+        if time is not None:
+            size = torch.Size([size[0], time, *size[1:]])
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                tree[key] = self._tensordict(value, (*path, key), time)
+        return TensorDict._new_unsafe(tree, batch_size=size, device=self.device)
+
+
+class Columns:
+    """A batch `[E, T]` that is filled step by step.
+
+    A step's tensors are kept until there are some steps of them, and then written together: a write for each step
+    costs more, and keeping all steps would need the batch's memory twice.
+
+    Args:
+        steps (int): T.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.entries: Leaves = {}
+        self._steps, self._written = steps, 0
+        self._kept: list[Leaves] = []
+
+    def add(self, step: Leaves) -> None:
+        """One step's tensors `[E, ...]`, of the same keys in every step."""
+        self._kept.append(step)
+        done = self._written + len(self._kept)
+        if len(self._kept) == CHUNK or done == self._steps:
+            for key, first in self._kept[0].items():
+                if not self._written:
+                    shape = (first.shape[0], self._steps, *first.shape[1:])
+                    self.entries[key] = torch.empty(shape, dtype=first.dtype, device=first.device)
+                part = self.entries[key][:, self._written : done]
+                torch.stack([kept[key] for kept in self._kept], 1, out=part)
+            self._written, self._kept = done, []
+
+
+class Act:
+    """A policy as one function of tensors: its own parameters, which stay where they are, and what it reads.
+
+    Args:
+        policy (nn.Module): its parameters and buffers may change in place between calls.
+        root (TensorDictBase): what it sees, for its keys and shapes.
+        mode (str): see `tdmarl.envs.capture.Function`.
+
+    Attributes:
+        parameters (list of Tensor): parameters and buffers.
+        changed (list of int): which of them a call changes.
+
+    Raises:
+        Untraceable: the policy asks the device for something, or is more than tensors and fixed Python.
+    """
+
+    def __init__(self, policy: nn.Module, root: TensorDictBase, mode: str) -> None:
+        self._policy, self._layout, self._seen = policy, Layout(root), list(leaves(root))
+        self._frozen_at = frozen(policy)
+        self._names = list(_parameters(policy))
+        self.parameters = [x.detach() for x in _parameters(policy).values()]
+        self._written: list[Key] = []
+        self.changed: list[int] = []
+        inputs = [*self.parameters, *(x.contiguous() for x in leaves(root).values())]
+        places, device = set(range(len(self._names))), inputs[-1].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # recording is no draw
+            graph = tracing.trace(self._run, inputs)
+            if self.is_stale():
+                raise tracing.Untraceable("the policy's Python changes from call to call")
+            streams = contextlib.nullcontext()
+            self._function = Function(graph, inputs, root.shape[0], set(), mode, streams, None, places)
+
+    def is_stale(self) -> bool:
+        """Whether the policy's Python has changed since it was recorded, or its parameters were replaced."""
+        return frozen(self._policy) != self._frozen_at
+
+    def __call__(self, root: Leaves) -> Leaves:
+        """What the policy writes."""
+        outputs = self._function([*self.parameters, *(root[key] for key in self._seen)])
+        for place, value in zip(self.changed, outputs[len(self._written) :]):
+            self.parameters[place].copy_(value)
+        return dict(zip(self._written, outputs))
+
+    def inside(self, parameters: list[Tensor], root: Leaves) -> tuple[Leaves, list[Tensor]]:
+        """What the policy writes, and the parameters that it changes; to be captured."""
+        outputs = self._function.inside([*parameters, *(root[key] for key in self._seen)])
+        return dict(zip(self._written, outputs)), outputs[len(self._written) :]
+
+    def _run(self, *inputs: Tensor) -> list[Tensor]:
+        n, versions = len(self._names), [x._version for x in inputs]
+        own, seen = inputs[:n], dict(zip(self._seen, inputs[n:]))
+        given = self._layout.nest(dict(seen))
+        out = leaves(torch.func.functional_call(self._policy, dict(zip(self._names, own)), (given,)))
+        changed = [i for i, x in enumerate(inputs) if x._version != versions[i]]
+        if any(i >= n for i in changed):
+            raise tracing.Untraceable("the policy writes into a tensor that it is shown")
+        written = {key: value for key, value in out.items() if seen.get(key) is not value}
+        self._written, self.changed = list(written), changed
+        return [*written.values(), *(own[i] for i in changed)]
+
+
+def _parameters(policy: nn.Module) -> dict[str, Tensor]:
+    return {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+
+
+def frozen(policy: nn.Module) -> Any:
+    """What of a policy a graph of it would freeze, in a form that can be compared.
+
+    Where its parameters are, attributes of all its modules and of its own objects, what its functions close over, and
+    the numbers and words that its own code finds in the modules that define it.
+
+    Raises:
+        Untraceable: it has hooks, which may do anything.
+    """
+    found: list[Any] = [
+        (name, x.data_ptr(), x.shape, x.stride(), x.dtype) for name, x in _parameters(policy).items()
+    ]
+    for name, module in policy.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise tracing.Untraceable(f"the policy's module {name!r} has hooks")
+        found.append((name, type(module), _plain(vars(module), 0)))
+        for kind in type(module).__mro__:
+            if not kind.__module__.startswith(_TRUSTED):
+                found += [
+                    _plain(value, 1) for value in vars(kind).values() if isinstance(value, types.FunctionType)
+                ]
+    return found
+
+
+_OWN = "_parameters", "_buffers", "_modules"
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """A value as something that is equal exactly if the value is; objects of others by identity."""
+    if isinstance(
+        value, (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
+    ):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if depth > _DEPTH or isinstance(value, (type, types.ModuleType, nn.Module)):
+        return id(value)
+    if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > _MOST_ENTRIES:
+        return id(value), len(value)
+    if isinstance(value, dict):
+        return [(str(k), _plain(v, depth + 1)) for k, v in list(value.items()) if k not in _OWN]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), [_plain(v, depth + 1) for v in value]
+    if isinstance(value, types.MethodType):
+        return _plain(value.__func__, depth), _plain(value.__self__, depth + 1)
+    if isinstance(value, types.FunctionType):
+        return _function(value, depth)
+    if hasattr(value, "__dict__") and not type(value).__module__.startswith(
+        ("torch", "tensordict", "torchrl")
+    ):
+        return id(value), _plain(vars(value), depth + 1)
+    return id(value)
+
+
+def _function(function: types.FunctionType, depth: int) -> Any:
+    if function.__module__.startswith(_TRUSTED):
+        reached: list[Any] = []
+    else:
+        names = [name for name in function.__code__.co_names if name in function.__globals__]
+        reached = [(name, _plain(function.__globals__[name], depth + 1)) for name in names]
+    cells = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            cells.append(_plain(cell.cell_contents, depth + 1))
+    return function.__code__, cells, _plain(function.__defaults__, depth + 1), reached
+
+
+class OneGraph:
+    """A whole step of a rollout as one CUDA graph: policy, environment, resets and sums of rewards.
+
+    Args:
+        act (Act): the policy.
+        made (CompiledVmas): the environment's functions.
+        combine (callable): from a step's entries, the transition and what was carried to it: all of the step's
+            entries, and what is carried on.
+        present (dict): what is carried, an example.
+        sums (list of keys): which of that are sums of rewards.
+    """
+
+    def __init__(
+        self, act: Act, made: Any, combine: Callable[..., Any], present: Leaves, sums: list[Key]
+    ) -> None:
+        self.parts = act, made
+        self._made, self._carried = made, list(present)
+        state, spares = made.recording.statics
+        self._places = [*act.parameters, *state, *spares]
+        n, m, k = len(act.parameters), len(act.parameters) + len(state), len(self._places)
+        back = [
+            *act.changed,
+            *range(n, m + 3),
+            *range(k, k + len(present)),
+        ]  # three counters change of the spares
+        self._first = len(back)
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            before = dict(zip(present, inputs[k:]))
+            seen = {
+                key: value.clone() for key, value in before.items() if key not in sums
+            }  # it is overwritten
+            written, changed = act.inside(list(inputs[:n]), seen)
+            new_sums = [before[key] for key in sums]
+            after, counters, found = made.inside(
+                list(inputs[n:m]), list(inputs[m:k]), seen | written, new_sums
+            )
+            step, following = combine(seen | written, found)
+            self._keys = list(step)
+            return [*changed, *after, *counters, *(following[key] for key in present), *step.values()]
+
+        device = state[0].device
+        inputs = [*self._places, *present.values()]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._call = Captured(run, inputs, list(range(k)), [(i, o) for o, i in enumerate(back)])
+
+    def __call__(self, present: Leaves) -> tuple[Leaves, Leaves]:
+        """The step's entries, and what is carried on, which the next call overwrites."""
+        self._made.begin_in_place()
+        outputs = self._call(*self._places, *(present[key] for key in self._carried))
+        carried = outputs[self._first - len(self._carried) : self._first]
+        return dict(zip(self._keys, outputs[self._first :])), dict(zip(self._carried, carried))
+
+
+class Rollout:
+    """Fills batches from a compiled environment.
+
+    Args:
+        env (EnvBase): any; only one with `transitions` and `go_on_from` is rolled out here, see `tdmarl.VmasEnv`.
+        policy (callable): what acts.
+        sums (dict): for each reward's key that of its sum over the episode.
+        hidden (list of keys): states that the policy reads at the root and writes under `next`.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        policy: Callable[[TensorDictBase], TensorDictBase],
+        sums: dict[NestedKey, NestedKey],
+        hidden: list[NestedKey],
+    ) -> None:
+        self._env, self._policy = env, policy
+        self._sums = {as_tuple(reward): as_tuple(entry) for reward, entry in sums.items()}
+        self._hidden = [as_tuple(key) for key in hidden]
+        self._totals = list(self._sums.values())
+        self._act: Act | None = None
+        self._graph: OneGraph | None = None
+        self._builds = 0
+        self.reason: str | None = (
+            None if isinstance(policy, TensorDictModuleBase) else "it is no TensorDictModule"
+        )
+
+    def is_possible(self) -> bool:
+        """Whether the environment offers its functions; one that is compiled at its first use is compiled here."""
+        return hasattr(type(self._env), "transitions") and self._env.transitions() is not None
+
+    def __call__(
+        self, root: TensorDictBase, at_random: Callable[[TensorDictBase], TensorDictBase], acts: list[bool]
+    ) -> tuple[TensorDict, TensorDict]:
+        """A batch `[E, T]`, and what the policy sees next.
+
+        Args:
+            root (TensorDictBase): what it sees now, with hidden states and sums.
+            at_random (callable): acts in place of the policy in some steps.
+            acts (list of bool): for each step, whether the policy acts.
+        """
+        layout, columns = Layout(root), Columns(len(acts))
+        present = {key: value.contiguous() for key, value in leaves(root).items()}
+        act = self._compiled(layout.nest(_without(present, self._totals))) if any(acts) else None
+        shown: list[Key] = []
+        try:
+            with _no_garbage():
+                for own in acts:
+                    made = self._env.transitions()
+                    if made is None:
+                        raise RuntimeError(
+                            f"The environment cannot go on compiled: {self._env.fallback_reason}."
+                        )
+                    if act is not None and own and made.fits_one_graph:
+                        step, present = self._captured(act, made, present)(present)
+                    else:
+                        seen = _without(present, self._totals)
+                        written = (
+                            self._written(act, seen, layout) if own else self._by(at_random, seen, layout)
+                        )
+                        sums = [present[self._sums[key]] for key in made.recording.reward_paths]
+                        found = made.transition(seen | written, sums)
+                        step, present = self._combine(made, seen | written, found)
+                    shown = made.recording.paths
+                    columns.add(step)
+        finally:
+            present = {key: value.clone() for key, value in present.items()}  # a graph overwrites it
+            if shown:
+                self._env.go_on_from([present[key] for key in shown])
+        return layout.nest(columns.entries, len(acts)), layout.nest(present)
+
+    def _written(self, act: Act | None, seen: Leaves, layout: Layout) -> Leaves:
+        return self._by(self._policy, seen, layout) if act is None else act(seen)
+
+    @staticmethod
+    def _by(policy: Callable[[TensorDictBase], TensorDictBase], seen: Leaves, layout: Layout) -> Leaves:
+        """What a policy writes that is called as it is."""
+        out = leaves(policy(layout.nest(dict(seen))))
+        return {key: value for key, value in out.items() if seen.get(key) is not value}
+
+    def _captured(self, act: Act, made: Any, present: Leaves) -> OneGraph:
+        if self._graph is None or self._graph.parts != (act, made):
+
+            def combine(entries: Leaves, found: Any) -> tuple[Leaves, Leaves]:
+                return self._combine(made, entries, found)
+
+            sums = [self._sums[key] for key in made.recording.reward_paths]
+            self._graph = OneGraph(act, made, combine, present, sums)
+        return self._graph
+
+    def _combine(self, made: Any, step: Leaves, found: Any) -> tuple[Leaves, Leaves]:
+        """What goes into the batch, and the next root."""
+        paths, rewards = made.recording.paths, made.recording.reward_paths
+        following = dict(zip(paths, found.following))
+        for key, reward, total, kept in zip(rewards, found.rewards, found.totals, found.sums):
+            step["next", *key], step["next", *self._sums[key]] = reward, total
+            following[self._sums[key]] = kept
+        for key, value in zip(paths, found.shown):
+            step["next", *key] = value
+        done = step["next", "done"]
+        for key in self._hidden:
+            state = step.get(("next", *key))
+            if state is None:
+                raise KeyError(
+                    f"The policy declares the hidden state {key} but did not write {('next', *key)}."
+                )
+            following[key] = state.masked_fill(done.reshape(-1, *[1] * (state.ndim - 1)), 0)
+        following["is_init",] = done
+        return step, following
+
+    def _compiled(self, root: TensorDictBase) -> Act | None:
+        """The policy as a function, made anew where its Python has changed; None where it is called as it is."""
+        if self.reason is not None:
+            return None
+        try:
+            if self._act is not None and self._act.is_stale():
+                self._act = None
+            if self._act is None:
+                self._builds += 1
+                if self._builds > _MOST_BUILDS:
+                    raise tracing.Untraceable(f"its Python changed {_MOST_BUILDS} times")
+                self._act = Act(self._policy, root, self._env.mode)  # type: ignore[arg-type]
+        except Exception as error:  # whatever recording and compiling come upon; calling it always works
+            self._act, self.reason = None, f"{error}"
+        return self._act
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Keeps Python from looking for cycles among the thousands of tensors of a rollout, which are in none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _without(entries: Leaves, keys: list[Key]) -> Leaves:
+    return {key: value for key, value in entries.items() if key not in keys}
