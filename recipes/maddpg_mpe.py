@@ -37,8 +37,26 @@ class MPEOptions(DeterministicOptions):
     """Frames between two rounds of updates; a multiple of --num-envs."""
     total_frames: int = 500_000
     """Frames of the whole run, those before a resume included."""
-    num_updates: int = 8
+    num_updates: int = 24
     """Optimization steps after each batch."""
+    lr: float = 2e-3
+    """Learning rate of the actors."""
+    critic_lr: float = 2e-3
+    """Learning rate of the critics."""
+    twin: bool = True
+    """Two critics for each agent, whose smaller value counts (TD3)."""
+    target_noise: float = 0.2
+    """Smooth the targets of continuous actions by noise of this size (TD3: 0.2)."""
+    noise_start: float = 0.4
+    """Size of the noise at first, in units of half the action range."""
+    noise_end: float = 0.05
+    """Size of the noise from --noise-frames on."""
+    noise_frames: int = 300_000
+    """Frames until then."""
+    epsilon_start: float = 0.3
+    """Probability of a random discrete action at first."""
+    epsilon_end: float = 0.05
+    """Probability of a random discrete action from --epsilon-frames on."""
     minibatch_size: int = 1_024
     """Frames per minibatch."""
     gamma: float = 0.95
@@ -69,6 +87,8 @@ def main(options: MPEOptions) -> None:
     env = options.make(options.num_envs, options.seed)
     played = options.make(min(options.num_envs, options.eval_episodes), options.seed + 1)
     arguments = options.arguments() | {"group": tuple(env.group_map)}
+    if not options.continuous:  # a draw from the target policy smooths already
+        arguments["target_noise"] = 0.0
     algo = tdmarl.maddpg(env, **arguments)
     collector = tdmarl.Collector(
         env,
