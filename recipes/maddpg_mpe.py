@@ -39,8 +39,6 @@ class MPEOptions(DeterministicOptions):
     """Frames of the whole run, those before a resume included."""
     num_updates: int = 24
     """Optimization steps after each batch."""
-    lr: float = 2e-3
-    """Learning rate of the actors."""
     critic_lr: float = 2e-3
     """Learning rate of the critics."""
     twin: bool = True
@@ -61,7 +59,7 @@ class MPEOptions(DeterministicOptions):
     """Frames per minibatch."""
     gamma: float = 0.95
     """Discount of rewards."""
-    width: int = 64
+    width: int = 128
     """Of each of the networks' two hidden layers."""
     action_reg: float = 0.001
     """Weight of the mean square of what actions are made of, before tanh or softmax."""
