@@ -65,13 +65,14 @@ def cross_play(env: tdmarl.VmasEnv, past: dict[str, Any], episodes: int, seed: i
 
 def main(options: TagOptions) -> None:
     """Trains, then plays; what is on the disk then is the run's folder."""
-    common: dict[str, Any] = {
-        "max_steps": options.max_steps,
-        "device": options.pick_device(),
-        "seed": options.seed,
-    }
     env = tdmarl.VmasEnv(
-        options.scenario, num_envs=options.num_envs, **common, **options.simulation(), **options.task()
+        options.scenario,
+        num_envs=options.num_envs,
+        max_steps=options.max_steps,
+        device=options.pick_device(),
+        seed=options.seed,
+        **options.simulation(),
+        **options.task(),
     )
     arguments = options.arguments() | {"group": GROUPS}
     algo = tdmarl.maddpg(env, **arguments)
@@ -84,18 +85,17 @@ def main(options: TagOptions) -> None:
         seed=options.seed,
     )
     past: dict[str, Any] = {"random": {g: tdmarl.random_policy(env, g) for g in GROUPS}}
-    middle = Path()
     with Run(
         options, algorithm="maddpg", arguments=arguments, env=env, policy=algo.policy, learner=algo.learner,
         collector=collector,
     ) as run:  # fmt: skip
+        middle = Path(run.folder, "middle.pt")  # on the disk, for a run that is resumed
         for batch in collector:
             metrics = algo.learner(batch)
             returns = None
             if run.evaluates():
                 returns = tdmarl.evaluate(env, algo.policy, episodes=options.eval_episodes, seed=options.seed)
             run.log(batch, metrics, returns)
-            middle = Path(run.folder, "middle.pt")
             if not middle.exists() and collector.frames >= options.total_frames / 2:
                 torch.save(algo.policy.state_dict(), middle)
     past["middle"] = acting_alone(algo.policy, torch.load(middle, weights_only=True))

@@ -13,9 +13,8 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from tdmarl.critics import JointAction, JointInput, check_scope
-from tdmarl.keys import Group, Team, team
+from tdmarl.keys import Group, Team, present, team
 from tdmarl.nets import AgentMLP, Sharing
-from tdmarl.recurrent import present
 
 
 class ActionCritic(TensorDictModuleBase):
@@ -41,7 +40,7 @@ class ActionCritic(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         seen = [member] if scope in ("agent", "group") else list(members)
-        self.group, self.scope, self.own_key = member.name, scope, member.key("own_action")
+        self.scope, self.own_key = scope, member.key("own_action")
         self.observed = JointInput(members, member, scope, False)
         self.actions = JointAction(seen, member)
         acted = self.actions.width if scope == "agent" else self.actions.features
@@ -51,10 +50,8 @@ class ActionCritic(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         entries, n = present(tensordict, self.in_keys), len(self.observed.in_keys)
-        x, joint = (
-            self.observed(*entries[:n]),
-            self.actions(*entries[n:]),
-        )  # [*B, 1 or n, o], [*B, all action entries]
+        x = self.observed(*entries[:n])  # [*B, 1 or n, o]
+        joint = self.actions(*entries[n:])  # [*B, all action entries]
         own = tensordict.get(self.own_key, None)
         if self.scope == "agent":
             u = joint.unflatten(-1, (-1, self.actions.width)) if own is None else own

@@ -19,7 +19,8 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdmarl import seeds
-from tdmarl.actors import MaskedCategorical, choices
+from tdmarl.distributions import RandomAction
+from tdmarl.keys import as_tuple
 from tdmarl.rollout import Rollout
 
 
@@ -76,7 +77,7 @@ class Stepper:
         """
         sums = {key: root.get(entry) for key, entry in self.sums.items()}
         step = (act or self.policy)(root.exclude(*self.sums.values()))
-        carried = {key: step.pop(("next", *_tuple(key)), None) for key in self.hidden}
+        carried = {key: step.pop(("next", *as_tuple(key)), None) for key in self.hidden}
         step = self.env.step(step)
         after = step.get("next")
         done = after.get("done")
@@ -92,7 +93,7 @@ class Stepper:
         for key, value in carried.items():
             if value is None:
                 raise KeyError(
-                    f"The policy declares the hidden state {key} but did not write {('next', *_tuple(key))}."
+                    f"The policy declares the hidden state {key} but did not write {('next', *as_tuple(key))}."
                 )
             after.set(key, value)
             following.set(key, value.masked_fill(_like(done, value), 0))
@@ -115,33 +116,20 @@ class RandomActions:
         self.policy = policy
         modules = policy.modules() if isinstance(policy, torch.nn.Module) else ()
         self.followers: list[Any] = [m for m in modules if getattr(m, "follows_action", False)]
-        self.specs = {key: env.full_action_spec[key] for key in env.action_keys}
-        unbatched = env.full_action_spec_unbatched
+        self.draws = {key: RandomAction(env.full_action_spec_unbatched[key], key) for key in env.action_keys}
         shown = set(env.full_observation_spec.keys(True, True))
-        self.masks = {
-            key: (_sibling(key, "action_mask"), choices(unbatched[key], key))
-            for key in self.specs
-            if _sibling(key, "action_mask") in shown
-        }
+        masks = {key: _sibling(key, "action_mask") for key in self.draws}
+        self.masks = {key: mask for key, mask in masks.items() if mask in shown}
 
     def __call__(self, root: TensorDictBase) -> TensorDictBase:
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             root = self.policy(root)
-        for key, spec in self.specs.items():
-            if key in self.masks:
-                entry, (nvec, one_hot) = self.masks[key]
-                mask = root.get(entry)
-                uniform = torch.zeros_like(mask, dtype=torch.float)
-                root.set(key, MaskedCategorical(uniform, mask, nvec=nvec, one_hot=one_hot).sample())
-            else:
-                root.set(key, spec.rand())
+        for key, draw in self.draws.items():
+            mask = root.get(self.masks[key]) if key in self.masks else None
+            root.set(key, draw(root.batch_size, mask))
         for follow in self.followers:
             root = follow(root)
         return root
-
-
-def _tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key
 
 
 def _sibling(key: NestedKey, name: str) -> NestedKey:
@@ -227,7 +215,7 @@ class Collector(BaseCollector):
                 f"frames_per_batch={frames_per_batch} is no multiple of the {n_envs} environments, which all step "
                 f"together: use {below} or {below + n_envs}."
             )
-        probable = [key for key in getattr(policy, "out_keys", ()) if _tuple(key)[-1] == "action_log_prob"]
+        probable = [key for key in getattr(policy, "out_keys", ()) if as_tuple(key)[-1] == "action_log_prob"]
         if init_random_frames > 0 and probable:
             warnings.warn(
                 f"init_random_frames={init_random_frames}: random actions are stored with the probabilities {probable} "

@@ -15,7 +15,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from tdmarl import reduce
-from tdmarl.actors import choices, one_hot
+from tdmarl.distributions import choices, one_hot
 from tdmarl.keys import Group, Team, entry, team
 from tdmarl.nets import Sharing
 from tdmarl.recurrent import agent_net, as_module

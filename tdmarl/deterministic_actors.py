@@ -14,9 +14,10 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from tdmarl.actors import MaskedCategorical, choices, one_hot
+from tdmarl.distributions import MaskedCategorical, choices, one_hot
 from tdmarl.keys import Group, team
 from tdmarl.nets import AgentMLP, Sharing
+from tdmarl.q_actors import fallen
 from tdmarl.recurrent import Direct, after
 
 
@@ -236,8 +237,7 @@ class ActionNoise(TensorDictModuleBase):
 
     def sigma(self) -> Tensor:
         """The present size, ``[]``."""
-        left = (1 - self.frames.double() / self.horizon).clamp_min(0)
-        return (self.end + (self.start - self.end) * left).float()
+        return fallen(self.frames, self.start, self.end, self.horizon)
 
     def noise(self, member: Group, tensordict: TensorDictBase, drawn: Tensor) -> Tensor:
         """What is added to the actions ``[*B, n, a]``, in units of ``half``, from ``sigma N(0, 1)``."""

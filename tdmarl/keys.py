@@ -238,25 +238,40 @@ def check_chain(available: Iterable[NestedKey], parts: Iterable[tuple[str, Any]]
     Raises:
         KeyError: naming the part, the key it misses, and what there is.
     """
-    here = {_tuple(key) for key in available}
+    here = {as_tuple(key) for key in available}
     for name, part in parts:
-        missing = [key for key in map(_tuple, part.in_keys) if key not in here]
+        missing = [key for key in map(as_tuple, part.in_keys) if key not in here]
         if missing:
             raise KeyError(
                 f"{name} reads {missing}, which nothing before it writes. There is {sorted(here)}."
             )
-        here |= {_tuple(key) for key in getattr(part, "out_keys", ())}
+        here |= {as_tuple(key) for key in getattr(part, "out_keys", ())}
 
 
-def _tuple(key: NestedKey) -> Key:
+def as_tuple(key: NestedKey) -> Key:
+    """A key as a tuple."""
     return (key,) if isinstance(key, str) else tuple(key)
 
 
 def collected(env: EnvBase, policy: Any) -> list[Key]:
     """The entries of a batch that ``policy`` collects in ``env``, as far as the specs tell."""
-    root = list(map(_tuple, env.full_observation_spec.keys(True, True)))
-    root += list(map(_tuple, env.full_done_spec.keys(True, True)))
-    after = root + list(map(_tuple, env.full_reward_spec.keys(True, True)))
-    written = list(map(_tuple, policy.out_keys))
+    root = list(map(as_tuple, env.full_observation_spec.keys(True, True)))
+    root += list(map(as_tuple, env.full_done_spec.keys(True, True)))
+    after = root + list(map(as_tuple, env.full_reward_spec.keys(True, True)))
+    written = list(map(as_tuple, policy.out_keys))
     carried = [key[1:] for key in written if key[0] == "next"]  # to the next step
     return [*root, ("is_init",), *(("next", *key) for key in after), *written, *carried]
+
+
+def present(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> list[Tensor]:
+    """A module's entries.
+
+    Raises:
+        KeyError: naming the one that is not there, and what is.
+    """
+    found = [tensordict.get(key, None) for key in keys]
+    for key, value in zip(keys, found):
+        if value is None:
+            here = sorted(map(str, tensordict.keys(True, True)))
+            raise KeyError(f"The module reads {key}, which is not in the tensordict. There is {here}.")
+    return found  # type: ignore[return-value]

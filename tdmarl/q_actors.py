@@ -15,7 +15,7 @@ from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from tdmarl.actors import choices, one_hot
+from tdmarl.distributions import choices, one_hot
 from tdmarl.keys import Group, team
 from tdmarl.nets import Sharing
 from tdmarl.recurrent import Direct, Recurrent, agent_net
@@ -223,6 +223,12 @@ def q_actor(
     return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)
 
 
+def fallen(frames: Tensor, start: float, end: float, horizon: int) -> Tensor:
+    """What falls linearly from ``start`` to ``end`` over ``horizon`` frames and stays there, ``[]``."""
+    left = (1 - frames.double() / horizon).clamp_min(0)
+    return (end + (start - end) * left).float()
+
+
 class EpsilonGreedy(TensorDictModuleBase):
     """Replaces actions by random available ones with a probability that falls linearly with the frames seen.
 
@@ -273,8 +279,7 @@ class EpsilonGreedy(TensorDictModuleBase):
 
     def epsilon(self) -> Tensor:
         """The present probability, ``[]``."""
-        left = (1 - self.frames.double() / self.horizon).clamp_min(0)
-        return (self.end + (self.start - self.end) * left).float()
+        return fallen(self.frames, self.start, self.end, self.horizon)
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -19,6 +19,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
+from tdmarl.keys import present
 from tdmarl.nets import GAINS, AgentGRU, AgentLinear, AgentMLP, AgentNorm, Sharing
 
 STARTS = ("stored", "zero")
@@ -226,20 +227,6 @@ class Recurrent(TensorDictModule):
             first = self.module(*heads[:-1], state, heads[-1])
         then = self.module(*tails[:-1], first[-1].select(time, -1), tails[-1])
         return [torch.cat(pair, time) for pair in zip(first, then)]
-
-
-def present(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> list[Tensor]:
-    """A module's entries.
-
-    Raises:
-        KeyError: naming the one that is not there, and what is.
-    """
-    found = [tensordict.get(key, None) for key in keys]
-    for key, value in zip(keys, found):
-        if value is None:
-            here = sorted(map(str, tensordict.keys(True, True)))
-            raise KeyError(f"The module reads {key}, which is not in the tensordict. There is {here}.")
-    return found  # type: ignore[return-value]
 
 
 class Direct(TensorDictModule):

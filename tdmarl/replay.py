@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl._utils import logger as torchrl_logger
 from torchrl.data import (
@@ -27,6 +26,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
 from tdmarl.buffers import block_masks, cut_rows
+from tdmarl.keys import as_tuple
 
 STORAGES = ("device", "cpu", "memmap")
 
@@ -298,7 +298,7 @@ class Replay(TensorDictReplayBuffer):
     def state_dict(self) -> dict[str, Any]:
         """The rows held (not the empty part), where the next one goes, priorities, and the generator."""
         held = self.storage.get(slice(0, len(self))) if len(self) else None
-        rows = {} if held is None else {"/".join(_tuple(k)): x.clone() for k, x in held.items(True, True)}
+        rows = {} if held is None else {"/".join(as_tuple(k)): x.clone() for k, x in held.items(True, True)}
         return {
             "rows": dict(sorted(rows.items())),  # in one order, whoever allocated the storage
             "shape": [] if held is None else list(held.shape),
@@ -319,10 +319,6 @@ class Replay(TensorDictReplayBuffer):
         self._writer.load_state_dict(state_dict["writer"])
         self._sampler.load_state_dict(state_dict["sampler"])
         self._rng.set_state(state_dict["generator"].cpu())
-
-
-def _tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
 
 
 @contextlib.contextmanager

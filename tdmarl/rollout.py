@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from tdmarl.envs import tracing
 from tdmarl.envs.capture import Captured, Function
+from tdmarl.keys import Key, as_tuple
 
 CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
 _MOST_BUILDS = 3
 _TRUSTED = "torch", "tensordict", "torchrl", "tdmarl"
 _DEPTH, _MOST_ENTRIES = 4, 256  # how far a policy's Python is looked through
 
-Key = tuple[str, ...]
 Leaves = dict[Key, Tensor]
 
 
@@ -44,11 +44,6 @@ def leaves(tensordict: TensorDictBase) -> Leaves:
             raise tracing.Untraceable(f"the entry {key} is {type(value).__name__} and no tensor")
         found[as_tuple(key)] = value
     return found
-
-
-def as_tuple(key: NestedKey) -> Key:
-    """The key as a tuple."""
-    return (key,) if isinstance(key, str) else key
 
 
 class Layout:

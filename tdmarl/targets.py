@@ -123,6 +123,7 @@ class TargetUpdate(nn.Module):
             raise ValueError(f"tau={tau} must be above 0 and at most 1.")
         if every is not None and every < 1:
             raise ValueError(f"every={every} must be at least 1.")
+        self._given = tau, every
         self.tau, self.every = 1.0 if tau is None else tau, every or 1
         self.due = 0 if tau is None else 1 % self.every  # which of every so many calls
         self.__dict__["_loss"] = loss  # not a part of the state
@@ -153,9 +154,9 @@ class TargetUpdate(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TargetUpdate:
         """Of the loss's copy, whose tensors are others."""
-        every = None if self.tau == 1 and self.due == 0 and self.every == 1 else self.every
-        twin = TargetUpdate(copy.deepcopy(self.__dict__["_loss"], memo), tau=self.tau, every=every)
-        twin.due, twin.count = self.due, self.count.clone()
+        tau, every = self._given
+        twin = TargetUpdate(copy.deepcopy(self.__dict__["_loss"], memo), tau=tau, every=every)
+        twin.count.copy_(self.count)
         memo[id(self)] = twin
         return twin
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdmarl.action_critics import ActionCritic
 from tdmarl.critics import encoded
 from tdmarl.deterministic_actors import Box, Choose, DeterministicHead, relaxed
+from tdmarl.keys import as_tuple
 from tdmarl.recurrent import hidden_keys
 from tdmarl.targets import DelayedLoss
 
@@ -96,14 +97,13 @@ class TeamActions(DelayedLoss):
         actions = [(g, "action") for g in groups]
         seen = list(dict.fromkeys(key for key in [*actor.in_keys, *critic.in_keys] if key not in actions))
         masks = [(g, "action_mask") for g in groups]
-        after = [("next", *_tuple(key)) for key in seen]
+        after = [("next", *as_tuple(key)) for key in seen]
         rewards = [("next", g, "reward") for g in groups]
         self.in_keys = [*seen, *actions, *after, *rewards, ("next", keys.done), ("next", keys.terminated)]
         masks += [(g, "mask") for g in groups]
         optional = [*masks, *(("next", *key) for key in masks)]
-        optional += [("next", g, name) for g in groups for name in ("done", "terminated")] + [
-            keys.priority_weight
-        ]
+        optional += [("next", g, name) for g in groups for name in ("done", "terminated")]
+        optional.append(keys.priority_weight)
         self.optional_keys = [key for key in optional if key not in self.in_keys]
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
@@ -150,15 +150,12 @@ class TeamActions(DelayedLoss):
             return {g: out.get((g, "state_action_value"))[..., :1] for g in self.groups}
         found = {}
         for g, action in own.items():  # any module: once for each agent
-            stored, agents = (
-                given.get((g, "action")),
-                torch.arange(action.shape[given.ndim], device=action.device),
-            )
-            values: list[Tensor] = []
-            for i in agents:
-                mine = (agents == i).reshape(-1, *[1] * (action.ndim - given.ndim - 1))
-                each = given.copy().set((g, "action"), torch.where(mine, action, stored))
-                values.append(critic(each).get((g, "state_action_value"))[..., len(values), :1])
+            stored, n = given.get((g, "action")), action.shape[given.ndim]
+            agents = torch.arange(n, device=action.device).unsqueeze(-1)  # [n, 1]
+            values = []
+            for i in range(n):
+                each = given.copy().set((g, "action"), torch.where(agents == i, action, stored))
+                values.append(critic(each).get((g, "state_action_value"))[..., i, :1])
             found[g] = torch.stack(values, -2)
         return found
 
@@ -229,12 +226,6 @@ def _choices(actor: TensorDictModuleBase) -> dict[str, tuple[tuple[int, ...], bo
 
 
 def _leaves(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    return (
-        [leaf for part in module for leaf in _leaves(part)]
-        if isinstance(module, TensorDictSequential)
-        else [module]
-    )
-
-
-def _tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
+    if isinstance(module, TensorDictSequential):
+        return [leaf for part in module for leaf in _leaves(part)]
+    return [module]

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdmarl.keys import as_tuple
 from tdmarl.q_actors import Actions
 from tdmarl.recurrent import Recurrent, hidden_keys
 from tdmarl.targets import DelayedLoss
@@ -74,7 +75,8 @@ class TeamValues(DelayedLoss):
         ends = [("next", keys.done), ("next", keys.terminated)]
         rewards = [("next", keys.reward)] if self.mixed else [("next", g, "reward") for g in groups]
         self.in_keys = [
-            *seen, *((g, "action") for g in groups), *(("next", *_tuple(k)) for k in self._next_keys), *rewards, *ends,
+            *seen, *((g, "action") for g in groups), *(("next", *as_tuple(k)) for k in self._next_keys),
+            *rewards, *ends,
         ]  # fmt: skip
         masks = [(g, name) for g in groups for name in ("mask", "action_mask")]
         optional = [*masks, *(("next", *key) for key in masks), ("collector", "mask"), keys.priority_weight]
@@ -117,7 +119,7 @@ class TeamValues(DelayedLoss):
         if self.hidden:  # as steps: a sequence could not show what would have come after an end
             after = after.copy()
             for key in self.hidden:
-                after.set(key, states.get(("next", *_tuple(key))))
+                after.set(key, states.get(("next", *as_tuple(key))))
             after = after.reshape(-1)
         out = self._pass(network, after)
         return {
@@ -160,7 +162,3 @@ def taken_index(group: str, action: Tensor, values: Tensor, actions: Actions | N
 def joined(parts: list[Tensor]) -> Tensor:
     """All groups' agents side by side, ``[*B, N, 1]``."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-
-
-def _tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)

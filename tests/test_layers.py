@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
-    {"keys", "reduce", "seeds", "gru"},
+    {"keys", "reduce", "seeds", "gru", "distributions"},
     {"nets"},
     {"recurrent"},
     {"actors"},
@@ -52,6 +52,7 @@ NO_ENVIRONMENTS = {
     "gru",
     "nets",
     "recurrent",
+    "distributions",
     "actors",
     "critics",
     "mixers",

@@ -11,7 +11,8 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torchrl.modules import ProbabilisticActor
 
 import tdmarl
-from tdmarl.actors import ClippedNormal, MaskedCategorical, TanhNormal, agent_actor
+from tdmarl.actors import agent_actor
+from tdmarl.distributions import ClippedNormal, MaskedCategorical, TanhNormal
 from tdmarl.trust import TrustRegionStep, conjugate_gradient
 
 

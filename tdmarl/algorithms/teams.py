@@ -9,12 +9,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
-from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
-from tdmarl.actors import MaskedCategorical, choices
 from tdmarl.algorithms.contract import Algorithm
-from tdmarl.deterministic_actors import Box
+from tdmarl.distributions import RandomAction
 from tdmarl.keys import Team, team
 
 
@@ -126,33 +124,17 @@ class RandomPolicy(TensorDictModuleBase):
 
     def __init__(self, members: Team) -> None:
         super().__init__()
-        self.members = members
-        boxes = {g.name: Box(g.action_spec) for g in members if isinstance(g.action_spec, Bounded)}
-        self.boxes = nn.ModuleDict(boxes)
-        masks = [g.key("action_mask") for g in members if g.has_action_mask]
-        self.in_keys = [*(g.key("observation") for g in members), *masks]
-        self.out_keys = [g.key("action") for g in members]
+        self.draws = nn.ModuleDict({g.name: RandomAction(g.action_spec, g.key("action")) for g in members})
+        self.masked = {g.name for g in members if g.has_action_mask}
+        masks = [(name, "action_mask") for name in members.names if name in self.masked]
+        self.in_keys = [*((name, "observation") for name in members.names), *masks]
+        self.out_keys = [(name, "action") for name in members.names]
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        for g in self.members:
-            batch = tensordict.get(g.key("observation")).shape[:-2]
-            if g.name in self.boxes:
-                box: Any = self.boxes[g.name]
-                share = torch.rand((*batch, *box.low.shape), device=box.low.device)
-                action = box.low + (share * (box.high - box.low)).to(box.low.dtype)
-            else:
-                nvec, one_hot = choices(g.action_spec, g.key("action"))
-                mask = tensordict.get(g.key("action_mask")) if g.has_action_mask else None
-                logits = torch.zeros(
-                    (*batch, g.n_agents, sum(nvec)), device=tensordict.get(g.key("observation")).device
-                )
-                action = (
-                    MaskedCategorical(logits, mask, nvec=nvec, one_hot=one_hot)
-                    .sample()
-                    .to(g.action_spec.dtype)
-                )
-            tensordict.set(g.key("action"), action)
+        for name, draw in self.draws.items():
+            mask = tensordict.get((name, "action_mask")) if name in self.masked else None
+            tensordict.set((name, "action"), draw(tensordict.batch_size, mask))
         return tensordict
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor
 
 import tdmarl
-from tdmarl.actors import MaskedCategorical, agent_actor
+from tdmarl.actors import agent_actor
+from tdmarl.distributions import MaskedCategorical
 from tdmarl.algorithms import haa2c, happo, hatrpo
 from tdmarl.learners import AgentUpdate, BatchBuffer, SequentialLearner
 from tdmarl.losses import PolicyLoss
