@@ -58,7 +58,7 @@ def cross_play(env: tdmarl.VmasEnv, past: dict[str, Any], episodes: int, seed: i
         for running in past.values():
             both = TensorDictSequential(hunting["adversary"], running["agent"])
             returns = tdmarl.evaluate(env, both, episodes=episodes, seed=seed)
-            row.append(round(-returns["agent"].mean().item() / 10, 2))  # a touch costs its runner ten
+            row.append(0.0 - round(returns["agent"].mean().item() / 10, 2))  # a touch costs its runner ten
         rows.append(row)
     return rows
 

@@ -347,8 +347,8 @@ def test_predator_and_prey_are_played_against_their_past_also_after_a_resume(tmp
         table = list(csv.reader(file))
     assert table[0][1:] == ["random", "middle", "last"] == [row[0] for row in table[1:]]
     assert all(float(cell) >= 0 for row in table[1:] for cell in row[1:]) and out.count("middle") == 2
-    again, _ = finish(start(recipe, "--resume", str(folder)))  # nothing is left to learn
-    assert again.splitlines()[1:] == out.splitlines()[1:]
+    again, _ = finish(start(recipe, "--resume", str(folder)))
+    assert "is finished" in again and "-0.0" not in out
 
 
 @pytest.mark.parametrize("continuous", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -113,6 +114,15 @@ class ToyEnv(EnvBase):
     def load_state_dict(self, state_dict, strict=True, assign=False) -> None:
         self.time = state_dict["time"].clone()
         self.random.set_state(state_dict["random"])
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails where the host reads a tensor: its value, or how many of its entries are set."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert "_local_scalar_dense" not in name and "nonzero" not in name, f"the host reads a tensor: {name}"
+        return func(*args, **(kwargs or {}))
 
 
 class SeededLinear(nn.Module):

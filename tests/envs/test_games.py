@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.envs.utils import check_env_specs
+from toys import NoHostRead
 
 import tdmarl
 from tdmarl.envs.games import continuous_game, matrix_game, memory_game, two_step_game
@@ -183,12 +183,6 @@ def test_evaluate_and_collector_take_a_game():
     assert set(returns["return_mean_agents"].tolist()) <= {0.0, 1.0, 7.0, 8.0}
     assert (returns["length"] == 2).all()
     assert torch.equal(returns["return_sum_agents"], 2 * returns["return_mean_agents"])
-
-
-class NoHostRead(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert "local_scalar_dense" not in str(function), "a tensor was read on the host"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", GAMES)
