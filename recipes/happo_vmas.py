@@ -2,7 +2,7 @@
 
     python recipes/happo_vmas.py --scenario navigation
     python recipes/happo_vmas.py --algorithm hatrpo
-    python recipes/happo_vmas.py --resume runs/happo-navigation-0-... --total-frames 1000000
+    python recipes/happo_vmas.py --resume runs/happo-navigation-0-... --total-frames 2000000
     python -m tdmarl.plot runs/*
 
 The run's folder holds config.json, metrics.csv and checkpoints/; tdmarl.load_policy(folder) gives the policy
@@ -23,6 +23,9 @@ from tdmarl.run import Run, launch
 class HAPPOOptions(OnPolicyOptions):
     """HAPPO on a VMAS scenario: agents update one after the other, weighted by what the earlier ones changed."""
 
+    total_frames: int = 1_497_600
+    anneal: bool = True
+    """Let the learning rates and the entropy bonus fall to zero over --total-frames."""
     algorithm: Literal["happo", "haa2c", "hatrpo"] = "happo"
     """haa2c does not clip; hatrpo takes a step in a trust region for each agent."""
     max_kl: float = 0.01
