@@ -8,9 +8,7 @@ Python changes while it acts, is called as it is.
 from __future__ import annotations
 
 import contextlib
-import enum
 import gc
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,14 +18,14 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from tdmarl.envs import tracing
-from tdmarl.envs.capture import Captured, Function
+from tdmarl import tracing
+from tdmarl.cuda_graph import Captured
+from tdmarl.envs.capture import Function
+from tdmarl.frozen import frozen, parameters
 from tdmarl.keys import Key, as_tuple
 
 CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
 _MOST_BUILDS = 3
-_TRUSTED = "torch", "tensordict", "torchrl", "tdmarl"
-_DEPTH, _MOST_ENTRIES = 4, 256  # how far a policy's Python is looked through
 
 Leaves = dict[Key, Tensor]
 
@@ -131,8 +129,8 @@ class Act:
     def __init__(self, policy: nn.Module, root: TensorDictBase, mode: str) -> None:
         self._policy, self._layout, self._seen = policy, Layout(root), list(leaves(root))
         self._frozen_at = frozen(policy)
-        self._names = list(_parameters(policy))
-        self.parameters = [x.detach() for x in _parameters(policy).values()]
+        self._names = list(parameters(policy))
+        self.parameters = [x.detach() for x in parameters(policy).values()]
         self._written: list[Key] = []
         self.changed: list[int] = []
         inputs = [*self.parameters, *(x.contiguous() for x in leaves(root).values())]
@@ -171,77 +169,6 @@ class Act:
         written = {key: value for key, value in out.items() if seen.get(key) is not value}
         self._written, self.changed = list(written), changed
         return [*written.values(), *(own[i] for i in changed)]
-
-
-def _parameters(policy: nn.Module) -> dict[str, Tensor]:
-    return {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
-
-
-def frozen(policy: nn.Module) -> Any:
-    """What of a policy a graph of it would freeze, in a form that can be compared.
-
-    Where its parameters are, attributes of all its modules and of its own objects, what its functions close over, and
-    the numbers and words that its own code finds in the modules that define it.
-
-    Raises:
-        Untraceable: it has hooks, which may do anything.
-    """
-    found: list[Any] = [
-        (name, x.data_ptr(), x.shape, x.stride(), x.dtype) for name, x in _parameters(policy).items()
-    ]
-    for name, module in policy.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise tracing.Untraceable(f"the policy's module {name!r} has hooks")
-        found.append((name, type(module), _plain(vars(module), 0)))
-        for kind in type(module).__mro__:
-            if not kind.__module__.startswith(_TRUSTED):
-                found += [
-                    _plain(value, 1) for value in vars(kind).values() if isinstance(value, types.FunctionType)
-                ]
-    return found
-
-
-_OWN = "_parameters", "_buffers", "_modules"
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """A value as something that is equal exactly if the value is; objects of others by identity."""
-    if isinstance(
-        value, (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
-    ):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if depth > _DEPTH or isinstance(value, (type, types.ModuleType, nn.Module)):
-        return id(value)
-    if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > _MOST_ENTRIES:
-        return id(value), len(value)
-    if isinstance(value, dict):
-        return [(str(k), _plain(v, depth + 1)) for k, v in list(value.items()) if k not in _OWN]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value), [_plain(v, depth + 1) for v in value]
-    if isinstance(value, types.MethodType):
-        return _plain(value.__func__, depth), _plain(value.__self__, depth + 1)
-    if isinstance(value, types.FunctionType):
-        return _function(value, depth)
-    if hasattr(value, "__dict__") and not type(value).__module__.startswith(
-        ("torch", "tensordict", "torchrl")
-    ):
-        return id(value), _plain(vars(value), depth + 1)
-    return id(value)
-
-
-def _function(function: types.FunctionType, depth: int) -> Any:
-    if function.__module__.startswith(_TRUSTED):
-        reached: list[Any] = []
-    else:
-        names = [name for name in function.__code__.co_names if name in function.__globals__]
-        reached = [(name, _plain(function.__globals__[name], depth + 1)) for name in names]
-    cells = []
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            cells.append(_plain(cell.cell_contents, depth + 1))
-    return function.__code__, cells, _plain(function.__defaults__, depth + 1), reached
 
 
 class OneGraph:

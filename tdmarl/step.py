@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import CudaGraphModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdmarl import reduce
+from tdmarl.compiled_step import CompiledStep
 
 MODES = ("auto", "eager", "compile", "cudagraph")
 
@@ -84,7 +85,7 @@ class Step:
     """Losses, optimizers, clipping and target update, as one function of a minibatch.
 
     The parts run in order, each with a backward to its own parameters, its own clipping and its own optimizer
-    step; then the targets are updated. Nothing is read back to the host, so the call can be compiled or captured.
+    step; then the targets are updated. Nothing is read back to the host, so the call can be recorded and compiled.
 
     Args:
         parts (sequence of Part): such as PPO's actor and critic, or MADDPG's critic and then its actor.
@@ -115,7 +116,7 @@ class Step:
         if seed_axis and any(part.stop_above for part in parts):
             raise ValueError("stop_above would stop all seeds at once: train the seeds apart, or without it.")
         self.parts, self.after, self.seed_axis, self.count = list(parts), after, seed_axis, 0
-        self._forward: list[Callable[[TensorDictBase], TensorDictBase]] = [part.loss for part in self.parts]
+        self.begun = 0  # how often a batch began or a state was loaded
         for part in self.parts:
             if part.stop_above is not None:
                 part.optim.found_inf = torch.zeros((), device=part.params[0].device)  # type: ignore[attr-defined]
@@ -137,6 +138,7 @@ class Step:
 
     def begin(self) -> None:
         """A new batch begins: parts that stopped early go on."""
+        self.begun += 1
         for part in self.parts:
             if part.stop_above is not None:
                 part.optim.found_inf.zero_()  # type: ignore[attr-defined]
@@ -151,23 +153,30 @@ class Step:
             TensorDict: detached scalars: what the losses write, and each part's ``grad_norm`` before clipping; and
             the parts' ``row_keys``.
         """
-        metrics = TensorDict({}, device=batch.device)
-        with reduce.seed_axis(self.seed_axis):
-            for part, forward in zip(self.parts, self._forward):
-                if self.count % part.every == 0:
-                    metrics.update(self._update(part, forward, batch))
-        if self.after is not None:
-            self.after()
+        metrics = self.take(batch, self.due())
         self.count += 1
         return metrics
 
+    def due(self) -> tuple[bool, ...]:
+        """Which parts take part in the next step."""
+        return tuple(self.count % part.every == 0 for part in self.parts)
+
+    def take(self, batch: TensorDictBase, due: Sequence[bool]) -> TensorDict:
+        """A step of some of the parts, which changes tensors alone: it can be recorded."""
+        metrics = TensorDict({}, device=batch.device)
+        with reduce.seed_axis(self.seed_axis):
+            for part, takes_part in zip(self.parts, due):
+                if takes_part:
+                    metrics.update(self._update(part, batch))
+        if self.after is not None:
+            self.after()
+        return metrics
+
     @staticmethod
-    def _update(
-        part: Part, forward: Callable[[TensorDictBase], TensorDictBase], batch: TensorDictBase
-    ) -> dict[str, Tensor]:
+    def _update(part: Part, batch: TensorDictBase) -> dict[str, Tensor]:
         params = part.params
         given = batch.copy()  # a module may return its inputs, too, or write into them
-        out = forward(given)
+        out = part.loss(given)
         losses = [value for key, value in out.items() if key.startswith("loss_")]
         if not losses:
             raise KeyError(
@@ -190,11 +199,12 @@ class Step:
         return found | {key: given.get(key) for key in part.row_keys}
 
     def accelerate(self, mode: str) -> Callable[[TensorDictBase], TensorDictBase]:
-        """The step as ``mode`` asks: itself, with compiled losses, or captured as one CUDA graph.
+        """The step as ``mode`` asks: itself, or as one compiled function, or captured as one CUDA graph.
 
         Args:
-            mode (str): ``eager``; ``compile`` compiles each loss with ``torch.compile``; ``cudagraph`` captures the
-                whole step (CUDA only, capturable optimizers); ``auto`` is eager.
+            mode (str): ``eager``; ``compile`` records the whole step and compiles it, see
+                :class:`~tdmarl.compiled_step.CompiledStep`; ``cudagraph`` captures that, too (CUDA only); ``auto`` is
+                eager.
 
         Raises:
             ValueError: for an unknown mode, or one that the parameters' device cannot have.
@@ -202,19 +212,11 @@ class Step:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} must be one of {MODES}.")
         device = self.parts[0].params[0].device
-        if mode == "cudagraph":
-            if device.type != "cuda":
-                raise ValueError(
-                    f"mode='cudagraph' needs CUDA; the parameters are on {device}. Use 'eager' or 'compile'."
-                )
-            if any(part.every > 1 for part in self.parts):
-                raise ValueError(
-                    "mode='cudagraph' repeats one fixed step: parts with every > 1 cannot be captured."
-                )
-            return CudaGraphModule(self)
-        if mode == "compile":
-            self._forward = [torch.compile(part.loss) for part in self.parts]
-        return self
+        if mode == "cudagraph" and device.type != "cuda":
+            raise ValueError(
+                f"mode='cudagraph' needs CUDA; the parameters are on {device}. Use 'eager' or 'compile'."
+            )
+        return CompiledStep(self, mode) if mode in ("compile", "cudagraph") else self
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step changes: losses (with targets, moments and coefficients), optimizers, the count."""
@@ -225,6 +227,7 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.count = int(state["count"])
+        self.begun += 1
         for i, part in enumerate(self.parts):
             saved = state["parts"][str(i)]
             part.loss.load_state_dict(saved["loss"])

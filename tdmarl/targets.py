@@ -13,6 +13,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from tdmarl import tracing
+
 
 def target_pairs(loss: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Each target tensor of a loss with the trained one that it follows.
@@ -138,7 +140,7 @@ class TargetUpdate(nn.Module):
         self.count += 1
         if self.every == 1:
             self._move(self.tau)
-        elif self.count.device.type == "cpu":  # reading it waits for nothing
+        elif self.count.device.type == "cpu" and not tracing.is_recording():  # reading it waits for nothing
             if int(self.count) % self.every == self.due:
                 self._move(self.tau)
         else:  # lerp by 0 or 1 is exact

@@ -17,9 +17,10 @@ from vmas.simulator.scenario import BaseScenario
 
 import tdmarl
 from tdmarl.actors import stochastic_actor
-from tdmarl.envs import capture
+from tdmarl import cuda_graph
 from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
-from tdmarl.rollout import CHUNK, Columns, frozen
+from tdmarl.frozen import frozen
+from tdmarl.rollout import CHUNK, Columns
 
 ENVS, STEPS = 6, CHUNK + 5
 
@@ -135,7 +136,7 @@ def test_one_captured_graph_is_the_ordinary_loop(case: str, monkeypatch: pytest.
     """Policy, step, reset and sums as one replay a step; the capture is a stand-in that overwrites its results."""
     name, kwargs, policy = CASES[case]
     count = [0]
-    monkeypatch.setattr(capture, "_capture", lambda run: record(run, count))
+    monkeypatch.setattr(cuda_graph, "_capture", lambda run: record(run, count))
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     for module in ("compiled", "vmas"):  # a GPU's flags are not looked at
         monkeypatch.setattr(f"tdmarl.envs.{module}.is_surely_false", lambda flags: False)

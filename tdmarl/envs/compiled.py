@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tdmarl.envs import tracing
+from tdmarl import tracing
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last

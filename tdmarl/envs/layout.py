@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tdmarl.envs.tracing import is_draw, simplify
+from tdmarl.tracing import is_draw, simplify
 
 aten = torch.ops.aten
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdmarl import tracing
+
+tracing.OWN_FILES.add(__file__)
 _ASK_FOR_SOLID_BOXES = (
     "_box_sphere_vectorized_collision",
     "_box_line_vectorized_collision",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tdmarl.envs import tracing
+from tdmarl import tracing
 from tdmarl.envs.capture import Function, Part
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display

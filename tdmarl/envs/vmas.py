@@ -19,7 +19,7 @@ from tdmarl.envs.compiled import CompiledVmas, is_surely_false
 from tdmarl.envs.functional import FunctionalVmas, Merge
 from tdmarl.envs.groups import Display, Group, make_groups, make_specs
 from tdmarl.envs.scenarios import replaced
-from tdmarl.envs.tracing import Untraceable
+from tdmarl.tracing import Untraceable
 
 
 MODES = "eager", "trace", "compile", "cudagraph", "auto"

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from toys import record
 
-from tdmarl.envs import capture
+from tdmarl import cuda_graph
 from tdmarl.envs.vmas import VmasEnv, choose_mode
 
 OWN = '''
@@ -150,7 +150,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Stands in for compiler and capture; counts the replays."""
     count = [0]
-    monkeypatch.setattr(capture, "_capture", lambda run: record(run, count))
+    monkeypatch.setattr(cuda_graph, "_capture", lambda run: record(run, count))
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     yield count
 

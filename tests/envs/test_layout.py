@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdmarl.envs.layout import environments_last, last
-from tdmarl.envs.tracing import trace
+from tdmarl.tracing import trace
 
 E = 7
 EXAMPLES = [(E, 2), (E, 3, 2), (E,), (3,)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from tdmarl.envs import tracing
-from tdmarl.envs.tracing import HostRead, Untraceable, trace
+from tdmarl import tracing
+from tdmarl.tracing import HostRead, Untraceable, trace
 
 aten = torch.ops.aten
 X, Y = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, 2.0])

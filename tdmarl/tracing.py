@@ -1,4 +1,4 @@
-"""Records a simulator's Python as one graph of tensor operations, and refuses what a graph would silently freeze.
+"""Records Python as one graph of tensor operations, and refuses what a graph would silently freeze.
 
 `trace` runs a function once and returns the graph of what it did to its inputs, without mutation, without
 operations that nothing depends on, and without two that compute the same. A question that Python asks the
@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tdmarl.envs import masks
-
 aten = torch.ops.aten
+
+OWN_FILES = {__file__}  # whose lines are not those that ask
 
 # Answers that go to the host. `Tensor.__contains__`, `tuple(x)` and the like end in one of these.
 _READS = {
@@ -63,6 +63,14 @@ _DRAWS = (
 )
 
 
+_recording = 0
+
+
+def is_recording() -> bool:
+    """Whether Python runs to be recorded, so that what it decides by a tensor's value would be frozen."""
+    return _recording > 0
+
+
 class Untraceable(RuntimeError):
     """What a graph would freeze or miss; the message names the line or the attribute, and what it does."""
 
@@ -90,10 +98,22 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[int, fx.Node] = {}
         for i, x in enumerate(inputs):
             self._nodes[x] = self.graph.graph.placeholder(f"input{i}")
-            _describe(self._nodes[x], x)
+            describe(self._nodes[x], x)
+
+    def __enter__(self) -> Any:
+        global _recording
+        _recording += 1
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        global _recording
+        _recording -= 1
+        super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "profiler":  # marks of time, and no tensors
+            return func(*args, **kwargs)
         if func is aten.lift_fresh.default:  # a new tensor from Python numbers, in every step
             func = aten.lift_fresh_copy.default
         if func is aten._local_scalar_dense.default and self.changes(args[0]):
@@ -104,13 +124,13 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._nodes[out] = self.graph.graph.call_function(func, nodes, named)
-            _describe(self._nodes[out], out)
+            describe(self._nodes[out], out)
         elif isinstance(out, (tuple, list)) and any(isinstance(x, Tensor) for x in out):
             node = self.graph.graph.call_function(func, nodes, named)
             for i, x in enumerate(out):
                 if isinstance(x, Tensor):
                     self._nodes[x] = self.graph.graph.call_function(operator.getitem, (node, i))
-                    _describe(self._nodes[x], x)
+                    describe(self._nodes[x], x)
         elif out is None:
             self.graph.graph.call_function(func, nodes, named)
         return out
@@ -122,7 +142,7 @@ class Recorder(TorchDispatchMode):
             name = f"constant{len(self._constants)}"
             self.graph.register_buffer(name, tensor)
             found = self._nodes[tensor] = self._constants[id(tensor)] = self.graph.graph.get_attr(name)
-            _describe(found, tensor)
+            describe(found, tensor)
         return found
 
     def changes(self, tensor: Tensor) -> bool:
@@ -144,11 +164,12 @@ class Recorder(TorchDispatchMode):
         return self.graph
 
 
-def _describe(node: fx.Node, tensor: Tensor) -> None:
+def describe(node: fx.Node, tensor: Tensor) -> None:
+    """Notes shape and type at the node."""
     node.meta.update(shape=tensor.shape, dtype=tensor.dtype)
 
 
-class _Watch(torch.overrides.TorchFunctionMode):
+class Watch(torch.overrides.TorchFunctionMode):
     """Lets questions through whose answer is the same in every step, and raises at the others."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -167,7 +188,7 @@ class _Watch(torch.overrides.TorchFunctionMode):
 def _place() -> str:
     """The innermost line outside torch and this package's tracing."""
     frame: Any = sys._getframe(1)
-    while frame.f_code.co_filename in (__file__, masks.__file__) or "/torch/" in frame.f_code.co_filename:
+    while frame.f_code.co_filename in OWN_FILES or "/torch/" in frame.f_code.co_filename:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -195,20 +216,21 @@ def trace(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.Gra
         )  # what it writes into its inputs must not reach the caller's
 
     with torch.no_grad():
-        graph = _record(own, inputs, watch=True)
+        graph = record(own, inputs, watch=True)
         _refuse_written_constants(graph)
         _copy_constants(graph)
-        graph = _record(torch.func.functionalize(graph, remove="mutations"), inputs)
+        graph = record(torch.func.functionalize(graph, remove="mutations"), inputs)
         simplify(graph)
     return graph
 
 
-def _record(
+def record(
     function: Callable[..., list[Tensor]], inputs: list[Tensor], watch: bool = False
 ) -> fx.GraphModule:
+    """The graph of `function(*inputs)` as it is, mutations included, which it makes."""
     inputs = [x.detach() for x in inputs]  # objects of our own, one for each input
     recorder = Recorder(inputs)
-    with recorder, _Watch(recorder) if watch else contextlib.nullcontext():
+    with recorder, Watch(recorder) if watch else contextlib.nullcontext():
         outputs = function(*inputs)
         return recorder.finish(list(outputs))
 
@@ -253,6 +275,14 @@ def simplify(graph: fx.GraphModule) -> None:
     _fold(graph)
     _merge(graph.graph)
     _drop_repetitions(graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def tidy(graph: fx.GraphModule) -> None:
+    """As `simplify` for a graph that writes into its inputs at its end: copies stay where they are."""
+    _fold(graph)
+    _merge(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -374,7 +404,7 @@ def _fold(graph: fx.GraphModule) -> None:
             graph.register_buffer(name, value.clone())
             with graph.graph.inserting_before(node):
                 constant = graph.graph.get_attr(name)
-            _describe(constant, value)
+            describe(constant, value)
             values[constant] = value
             node.replace_all_uses_with(constant)
 
