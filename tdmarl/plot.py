@@ -60,7 +60,8 @@ def plot(run_dirs: Sequence[str | Path], out: str | Path, column: str = "return_
     both = any(evaluated[0] for _, evaluated in curves.values())
     axes.set_xlabel("frames (environment steps)")
     axes.set_ylabel(_title(column))
-    axes.set_title("thin: while exploring;  dots: evaluated" if both else "while exploring", fontsize=10)
+    alone = "evaluated" if column.startswith("eval_") else "while exploring"
+    axes.set_title("thin: while exploring;  dots: evaluated" if both else alone, fontsize=10)
     axes.xaxis.set_major_formatter(_frames)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
