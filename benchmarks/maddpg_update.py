@@ -45,15 +45,15 @@ FRAMES, ENVS, WIDTH, LR = 6_000, 60, 256, 5e-5
 class Ours:
     """tdmarl's updates, the paper's: others as in the buffer, target actors of all agents."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, mode: str) -> None:
         env = tdmarl.VmasEnv("navigation", num_envs=ENVS, max_steps=100, seed=0, device="cpu", **NAVIGATION)
         algo = tdmarl.maddpg(
             env, hidden=(WIDTH, WIDTH), activation=nn.Tanh, num_updates=1, minibatch_size=size, buffer_size=FRAMES,
-            lr=LR, agent_id=False,
+            lr=LR, agent_id=False, mode=mode,
         )  # fmt: skip
         batch = tdmarl.Collector(env, algo.explore, frames_per_batch=FRAMES).rollout()
         algo.learner(batch)
-        self.step, self.buffer = algo.learner.step, algo.learner.buffer
+        self.step, self.buffer = algo.learner._take, algo.learner.buffer
         self.sizes = {"agents": 3, "observation": batch["agents", "observation"].shape[-1]}
 
     def __call__(self, updates: int) -> float:
@@ -146,10 +146,13 @@ class BenchMARL:
 
 def measure(python: str, size: int, updates: int, rounds: int, threads: int) -> dict[str, Any]:
     """All sides in turns; milliseconds of an update, medians over the rounds after the first."""
-    ours = Ours(size)
+    eager, start = Ours(size, "eager"), time.perf_counter()
+    compiled = Ours(size, "compile")
+    seconds = time.perf_counter() - start
     theirs = BenchMARL(python, size, threads)
     sides: dict[str, Callable[[int], float]] = {
-        "tdmarl": ours, "benchmarl": theirs, "bare": Bare(size, ours.sizes["agents"], ours.sizes["observation"])
+        "tdmarl eager": eager, "tdmarl compile": compiled, "benchmarl": theirs,
+        "bare": Bare(size, eager.sizes["agents"], eager.sizes["observation"]),
     }  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
@@ -157,14 +160,18 @@ def measure(python: str, size: int, updates: int, rounds: int, threads: int) -> 
             found[name].append(1e3 * side(updates) / updates)
     theirs.close()
     found = {name: values[1:] for name, values in found.items()}
+    ours = {name: found[f"tdmarl {name}"] for name in ("eager", "compile")}
+
+    def ratio(one: list[float], two: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(one, two))
+
     return {
         "minibatch_size": size,
         "milliseconds": found,
         "medians": {name: statistics.median(values) for name, values in found.items()},
-        "faster_than_benchmarl": statistics.median(
-            b / a for a, b in zip(found["tdmarl"], found["benchmarl"])
-        ),
-        "over_bare": statistics.median(a / b for a, b in zip(found["tdmarl"], found["bare"])),
+        "faster_than_benchmarl": {name: ratio(found["benchmarl"], values) for name, values in ours.items()},
+        "over_bare": {name: ratio(values, found["bare"]) for name, values in ours.items()},
+        "compile_seconds": seconds,
         "benchmarl": theirs.about,
     }
 
@@ -186,11 +193,15 @@ def main() -> None:
     args.out.write_text(
         json.dumps({"machine": machine(), "threads": args.threads, "results": results}, indent=1) + "\n"
     )
-    print("| minibatch | tdmarl, ms | BenchMARL, ms | times faster | over bare |\n|---|---|---|---|---|")
+    print("| minibatch | updates | tdmarl, ms | BenchMARL, ms | bare, ms | times faster | over bare |")
+    print("|---|---|---|---|---|---|---|")
     for r in results:
         m = r["medians"]
-        print(f"| {r['minibatch_size']} | {m['tdmarl']:.2f} | {m['benchmarl']:.2f} | "
-              f"{r['faster_than_benchmarl']:.2f} | {r['over_bare']:.2f} |")  # fmt: skip
+        for name in ("eager", "compile"):
+            print(
+                f"| {r['minibatch_size']} | {name} | {m[f'tdmarl {name}']:.2f} | {m['benchmarl']:.2f} | "
+                f"{m['bare']:.2f} | {r['faster_than_benchmarl'][name]:.2f} | {r['over_bare'][name]:.2f} |"
+            )
 
 
 if __name__ == "__main__":

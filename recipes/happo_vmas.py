@@ -56,7 +56,7 @@ def main(options: HAPPOOptions) -> None:
         del arguments["clip_epsilon"]
     elif options.algorithm == "hatrpo":
         del arguments["entropy_coeff"]
-        arguments["max_kl"] = options.max_kl
+        arguments |= {"max_kl": options.max_kl, "mode": options.mode}
     algo = getattr(tdmarl, options.algorithm)(env, **arguments)
     collector = tdmarl.Collector(
         env,

@@ -15,6 +15,9 @@ from tdmarl import log
 from tdmarl.envs.tasks import TASKS
 
 
+WORTH_COMPILING = 10_000  # updates, each of which saves milliseconds
+
+
 @dataclasses.dataclass(kw_only=True)
 class Options:
     """What every recipe can be asked for; a recipe's own dataclass extends it with hyper-parameters."""
@@ -36,7 +39,7 @@ class Options:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N: simulator, policy and learner run there."""
     mode: Literal["auto", "eager", "compile", "cudagraph"] = "auto"
-    """How simulation and updates run on the device; auto compiles the simulation if the run is long enough."""
+    """How simulation and updates run on the device; auto compiles what the run is long enough for."""
     out: str | None = None
     """Folder of the run. Default: runs/<algorithm>-<scenario>-<seed>-<time>."""
     resume: str | None = None
@@ -86,6 +89,24 @@ class Options:
         """How the environment runs, for :class:`tdmarl.VmasEnv`; that of a resumed run stays what it was."""
         stored = None if self.resume is None else log.read_config(self.resume).get("simulation")
         return {"mode": stored or self.mode, "expected_steps": self.total_frames // self.num_envs}
+
+    def update_mode(self, updates: int) -> str:
+        """How updates run, for the algorithm; that of a resumed run stays what it was.
+
+        ``auto`` compiles them on a CPU if there are so many that they repay the quarter of a minute it takes.
+
+        Args:
+            updates (int): in the whole run.
+        """
+        if self.resume is not None:
+            stored = log.read_config(self.resume)["algorithm"]["arguments"]
+            for given in (stored, *stored.values()):  # of one algorithm, or of several teams'
+                given = given.get("arguments", given) if isinstance(given, dict) else {}
+                if "mode" in given:
+                    return given["mode"]
+        if self.mode == "auto" and self.pick_device().type == "cpu":
+            return "compile" if updates >= WORTH_COMPILING else "eager"
+        return self.mode
 
     def pick_device(self) -> torch.device:
         """The device that ``device`` names; ValueError where it is not there."""
@@ -151,10 +172,12 @@ class OnPolicyOptions(Options):
         """The keyword arguments of :func:`tdmarl.mappo`, :func:`tdmarl.ippo` and :func:`tdmarl.happo`."""
         names = (
             "lr", "num_epochs", "minibatch_size", "gamma", "lmbda", "clip_epsilon", "entropy_coeff", "max_grad_norm",
-            "seed", "mode",
+            "seed",
         )  # fmt: skip
         horizon = self.total_frames if self.anneal else None
         given = {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
+        batches = self.total_frames // self.frames_per_batch * self.num_epochs
+        given["mode"] = self.update_mode(batches * max(1, self.frames_per_batch // self.minibatch_size))
         if self.recurrent:  # minibatches are counted in rows, which are sequences then
             rows = self.minibatch_size // self.chunk_length
             given |= {"recurrent": "gru", "chunk_length": self.chunk_length, "minibatch_size": rows}
@@ -236,9 +259,10 @@ class OffPolicyOptions(Options):
         """The keyword arguments that all algorithms with a replay buffer take."""
         names = (
             "lr", "num_updates", "minibatch_size", "gamma", "n_steps", "share_params", "buffer_size", "storage",
-            "prioritized", "learning_starts", "max_grad_norm", "standardize_reward", "seed", "mode",
+            "prioritized", "learning_starts", "max_grad_norm", "standardize_reward", "seed",
         )  # fmt: skip
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        given["mode"] = self.update_mode(self.total_frames // self.frames_per_batch * self.num_updates)
         given["hidden"] = (self.width, self.width)
         given["tau"] = self.tau or None
         given["target_every"] = None if self.tau else self.target_every

@@ -22,6 +22,7 @@ from torchrl.checkpoint import Checkpoint, StateDictCheckpointAdapter
 from torchrl.data import Bounded, Composite, Unbounded
 
 from tdmarl import log, run
+from tdmarl.options import OffPolicyOptions
 from tdmarl.run import Options, Run, launch
 
 
@@ -111,8 +112,13 @@ def program(options: TinyOptions) -> None:
     learner.hooks = HOOKS
     LAST.append(learner)
     with Run(
-        options, algorithm="tiny", arguments={"lr": options.lr, "actor": learner.net}, env=Env(),
-        policy=learner.net, learner=learner, collector=collector,
+        options,
+        algorithm="tiny",
+        arguments={"lr": options.lr, "actor": learner.net},
+        env=Env(),
+        policy=learner.net,
+        learner=learner,
+        collector=collector,
     ) as this:
         for batch in collector:
             metrics = learner(batch)
@@ -175,7 +181,12 @@ def test_a_run_leaves_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with open("a/metrics.csv") as file:
         header = file.readline().strip().split(",")
     assert header[:7] == [
-        "iteration", "frames", "seconds", "frames_per_second", "return_mean_agents", "return_sum_agents",
+        "iteration",
+        "frames",
+        "seconds",
+        "frames_per_second",
+        "return_mean_agents",
+        "return_sum_agents",
         "eval_return_mean_agents",
     ]
     config = json.loads(Path("a/config.json").read_text())
@@ -368,29 +379,37 @@ def test_a_defect_in_the_loop_keeps_its_traceback() -> None:
     assert Checkpoint.manifest("a/checkpoints/last.torchrl")["metadata"]["iteration"] == 1
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--frames-per-batch", "9"], "--frames-per-batch 9 is not a multiple of --num-envs 2; 8 would be"),
-    (["--num-envs", "0"], "--num-envs must be at least 1"),
-    (["--eval-every", "-1"], "--eval-every must not be negative"),
-    (["--device", "cuda:99"], "--device cuda:99 is not there: torch finds"),
-    (["--device", "gpu"], "--device gpu is none of auto, cpu, cuda and cuda:N"),
-    (["--resume", "nothing"], "nothing is not the folder of a run"),
-    (["--sceanrio", "x"], "Unrecognized options: --sceanrio, x"),
-    (["--num-envs", "many"], "Error parsing --num-envs"),
-    (["--mode", "fast"], "--mode"),
-    (["--out", "taken"], "taken already holds a run; --resume taken continues it"),
-    (["--resume", "taken", "--seed", "1", "--lr", "2"], "--seed, --lr cannot change, only --total-frames"),
-    (["--resume", "taken", "--no-share"], "--share cannot change"),
-    (["--resume", "foreign"], "they differ in --gamma"),
-    (["--resume", "other"], "holds a run of qmix, not of tiny"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--frames-per-batch", "9"], "--frames-per-batch 9 is not a multiple of --num-envs 2; 8 would be"),
+        (["--num-envs", "0"], "--num-envs must be at least 1"),
+        (["--eval-every", "-1"], "--eval-every must not be negative"),
+        (["--device", "cuda:99"], "--device cuda:99 is not there: torch finds"),
+        (["--device", "gpu"], "--device gpu is none of auto, cpu, cuda and cuda:N"),
+        (["--resume", "nothing"], "nothing is not the folder of a run"),
+        (["--sceanrio", "x"], "Unrecognized options: --sceanrio, x"),
+        (["--num-envs", "many"], "Error parsing --num-envs"),
+        (["--mode", "fast"], "--mode"),
+        (["--out", "taken"], "taken already holds a run; --resume taken continues it"),
+        (
+            ["--resume", "taken", "--seed", "1", "--lr", "2"],
+            "--seed, --lr cannot change, only --total-frames",
+        ),
+        (["--resume", "taken", "--no-share"], "--share cannot change"),
+        (["--resume", "foreign"], "they differ in --gamma"),
+        (["--resume", "other"], "holds a run of qmix, not of tiny"),
+    ],
+)
 def test_a_bad_argument_is_one_line_and_exit_code_2(
     argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("--out", "taken", "--total-frames", "8") == 0
     config = json.loads(Path("taken/config.json").read_text())
-    for folder, change in (("foreign", {"options": {**config["options"], "gamma": 1}}),
-                           ("other", {"algorithm": {"name": "qmix", "arguments": {}}})):
+    for folder, change in (
+        ("foreign", {"options": {**config["options"], "gamma": 1}}),
+        ("other", {"algorithm": {"name": "qmix", "arguments": {}}}),
+    ):
         Path(folder).mkdir()
         Path(folder, "config.json").write_text(json.dumps(config | change))
     capsys.readouterr()
@@ -439,3 +458,21 @@ def test_a_resumed_run_simulates_as_it_began(tmp_path: Path, monkeypatch: pytest
     longer = TinyOptions(resume=str(tmp_path / "run"), total_frames=10**9)
     assert longer.simulation() == {"mode": "compile", "expected_steps": 500_000_000}
     assert TinyOptions().simulation() == {"mode": "auto", "expected_steps": 20}
+
+
+def test_updates_are_compiled_where_there_are_many_and_a_resumed_run_keeps_its_choice(tmp_path: Path) -> None:
+    def mode(**options: Any) -> str:
+        return OffPolicyOptions(frames_per_batch=512, num_updates=10, device="cpu", **options).arguments()[
+            "mode"
+        ]
+
+    assert mode(total_frames=512 * 999) == "eager" and mode(total_frames=512 * 1000) == "compile"
+    assert mode(total_frames=512 * 1000, mode="eager") == "eager"
+    for name, arguments in (
+        ("one", {"mode": "eager"}),
+        ("teams", {"agent": {"arguments": {"mode": "eager"}}}),
+    ):
+        (tmp_path / name).mkdir()
+        config = {"options": {}, "specs": {}}
+        log.write_config(tmp_path / name, config | {"algorithm": {"arguments": arguments}})
+        assert mode(total_frames=512 * 1000, resume=str(tmp_path / name)) == "eager"
