@@ -28,6 +28,7 @@ from tdmarl.envs.mamujoco import mamujoco
 from tdmarl.envs.pettingzoo import PettingZooEnv
 from tdmarl.envs.vmas import VmasEnv
 from tdmarl.evaluate import evaluate
+from tdmarl.explain import explain
 from tdmarl.keys import Group, Team, team
 from tdmarl.learners import BatchBuffer, Learner, SequentialLearner
 from tdmarl.losses import PolicyLoss, ValueLoss
@@ -111,6 +112,7 @@ __all__ = [
     "continuous_game",
     "deterministic_actor",
     "evaluate",
+    "explain",
     "exploring",
     "foraging",
     "gaussian_actor",

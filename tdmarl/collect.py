@@ -250,6 +250,14 @@ class Collector(BaseCollector):
         """Whether ``total_frames`` are collected."""
         return 0 <= self.total_frames <= self._frames
 
+    def describe(self) -> str:
+        """How batches are made: by compiled functions of tensors, or by the ordinary loop."""
+        if getattr(self.env, "mode", "eager") == "eager":
+            return "the ordinary loop"
+        reason = self._fused.reason
+        policy = "compiled, too" if reason is None else f"called as it is ({reason})"
+        return f"compiled functions of tensors, the policy {policy}"
+
     def iterator(self) -> Iterator[TensorDictBase]:
         """Batches until ``total_frames``; `for batch in collector` is the same."""
         while not self.finished:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -125,7 +124,8 @@ class _Function:
     def __init__(
         self, step: Step, due: tuple[bool, ...], batch: TensorDictBase, keys: list[Key], mode: str
     ) -> None:
-        self._keys, self._names, self._device = keys, [], batch.device
+        self._keys, self._device = keys, batch.device
+        self._names: list[Key] = []
         inputs = [batch.get(key).detach() for key in keys]
         graph, found = self._recorded(step, due, inputs, batch.batch_size)
         everything: list[Tensor] = [*inputs, *(x.detach() for x in found)]
@@ -190,8 +190,8 @@ class CompiledStep:
     """Stands for a :class:`~tdmarl.step.Step`, whose Python runs once for each layout of minibatches, to be recorded.
 
     The parameters, moments and targets stay the step's own tensors and are written where they are; state and resume
-    are the step's. Recorded anew is what was replaced or whose Python has changed, looked at when a batch begins. A step
-    that cannot be recorded is called as it is, after one warning; `reason` says why.
+    are the step's. Recorded anew is what was replaced or whose Python has changed, looked at when a batch begins. A
+    step that cannot be recorded is called as it is, after one warning; `reason` says why.
 
     Args:
         step (Step): any.
@@ -244,8 +244,8 @@ class CompiledStep:
             self._builds += 1
             if self._builds > _MOST_BUILDS:
                 raise tracing.Untraceable(
-                    f"minibatches, learning rates or its Python changed {_MOST_BUILDS} times; a learning rate that falls "
-                    "must be a tensor, as tdmarl.adam's is"
+                    f"minibatches, learning rates or its Python changed {_MOST_BUILDS} times; a learning rate that "
+                    "falls must be a tensor, as tdmarl.adam's is"
                 )
             for part in step.parts:
                 _begin_adam(part.optim)

@@ -48,7 +48,7 @@ def replace_tanh(graph: fx.GraphModule) -> None:
         part = tracing.record(lambda x: [fast_tanh(x)], [torch.zeros(node.meta["shape"])])
         with graph.graph.inserting_before(node):
             known = dict(zip([n for n in part.graph.nodes if n.op == "placeholder"], node.args))
-            found = graph.graph.graph_copy(part.graph, known)
-        node.replace_all_uses_with(found[0])
+            (found,) = graph.graph.graph_copy(part.graph, known)  # type: ignore[misc]
+        node.replace_all_uses_with(found)
         graph.graph.erase_node(node)
     graph.recompile()
