@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
 
 import tdmarl  # noqa: E402
-from simulate import machine  # noqa: E402
+from measuring import machine  # noqa: E402
 from train import BENCHMARL_VENV, benchmarl_python  # noqa: E402
 
 NAVIGATION = {

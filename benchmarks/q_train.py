@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
 
 import tdmarl  # noqa: E402
-from simulate import machine  # noqa: E402
+from measuring import machine  # noqa: E402
 
 CPU = torch.device("cpu")
 EMBED = 32  # width of the mixer, whose hypernetworks have one layer, as TorchRL's

@@ -12,20 +12,17 @@ This file imports the standard library only: a child's peak memory starts at its
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import select
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 import venv
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from measuring import Process, ProcessFailed, about, write
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("tdmarl", "benchmarl", "torchrl")
@@ -49,76 +46,26 @@ SCENARIO_ARGS: dict[str, dict[str, Any]] = {
 }
 
 
-class ContenderFailed(Exception):
-    """A contender's process died, hung or could not be started; the message ends with its last words."""
-
-
-class Contender:
-    """One contender's process: asks, waits for the answer, keeps what it said on stderr for the report."""
+class Contender(Process):
+    """One contender's process, and what it has answered so far."""
 
     def __init__(self, name: str, python: str, settings: dict[str, Any], timeout: float) -> None:
-        self.name = name
-        self.timeout = timeout
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
-        self._stderr = tempfile.TemporaryFile("w+")
-        threads = str(settings["threads"])
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = dict(os.environ)
         if name == "benchmarl":
             environment.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
-            [python, str(HERE / f"{name}_train.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env=environment,
-        )
-        started = time.perf_counter()
-        self.about = {**self._answer(), "start_seconds": time.perf_counter() - started}
+        command = [python, str(HERE / f"{name}_train.py"), json.dumps(settings)]
+        super().__init__(name, command, settings["threads"], timeout, environment)
 
     def iterate(self) -> None:
         """One collection and one update."""
-        self.rows.append(self._ask(do="iterate"))
+        self.rows.append(self.ask(do="iterate"))
 
     def evaluate(self, episodes: int, seed: int) -> None:
         """The deterministic policy's return in stock VMAS, after the frames seen so far."""
         frames = sum(row["frames"] for row in self.rows)
-        self.evaluations.append({"frames": frames, **self._ask(do="evaluate", episodes=episodes, seed=seed)})
-
-    def finish(self) -> None:
-        """End the process; it has its own time to shut down, not more than a minute."""
-        try:
-            self._process.communicate(json.dumps({"do": "finish"}) + "\n", timeout=60)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise ContenderFailed(self._last_words("ended")) from error
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], self.timeout)
-        if not ready:
-            self._process.kill()
-            raise ContenderFailed(self._last_words(f"gave no answer in {self.timeout:.0f} s"))
-        line = self._process.stdout.readline()
-        if not line:
-            raise ContenderFailed(self._last_words("ended"))
-        return json.loads(line)
-
-    def _last_words(self, what: str) -> str:
-        self._process.wait(60)
-        self._stderr.seek(0)
-        words = self._stderr.read()[-2000:].strip()
-        return f"{self.name} {what} (exit code {self._process.returncode}): {words}"
+        self.evaluations.append({"frames": frames, **self.ask(do="evaluate", episodes=episodes, seed=seed)})
 
 
 def benchmarl_python(folder: Path, wheels: Path | None) -> str:
@@ -147,9 +94,9 @@ def benchmarl_python(folder: Path, wheels: Path | None) -> str:
         subprocess.run([*command, torch, *BENCHMARL], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         words = (error.stderr or str(error))[-2000:].strip()
-        raise ContenderFailed(f"no environment for benchmarl: {words}") from error
+        raise ProcessFailed(f"no environment for benchmarl: {words}") from error
     except (OSError, metadata.PackageNotFoundError) as error:
-        raise ContenderFailed(f"no environment for benchmarl: {error}") from error
+        raise ProcessFailed(f"no environment for benchmarl: {error}") from error
     done.touch()
     return str(python)
 
@@ -183,7 +130,7 @@ def start(args: argparse.Namespace, scenario: str, failures: dict[str, str]) -> 
             if name == "benchmarl":
                 python = benchmarl_python(args.benchmarl_venv, args.wheels)
             contenders.append(Contender(name, python, settings, args.timeout))
-        except ContenderFailed as failure:
+        except ProcessFailed as failure:
             failures[name] = str(failure)
     return contenders
 
@@ -203,7 +150,7 @@ def measure(args: argparse.Namespace, scenario: str) -> dict[str, Any]:
         for contender in list(alive):
             try:
                 getattr(contender, action)(*arguments)
-            except ContenderFailed as failure:
+            except ProcessFailed as failure:
                 failures[contender.name] = str(failure)
                 alive.remove(contender)
 
@@ -220,12 +167,11 @@ def measure(args: argparse.Namespace, scenario: str) -> dict[str, Any]:
     places = ("scenario", "output", "wheels", "benchmarl_venv")
     options = {name: value for name, value in vars(args).items() if name not in places}
     options["scenario_args"] = SCENARIO_ARGS.get(scenario, {})
+    gpus = [contender.about["device_name"] for contender in contenders]
     return {
         "scenario": scenario,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": {**machine(), "load_average": [round(value, 2) for value in load]},
-        "settings": options,
+        **about(options, gpus[0] if gpus else None),
+        "load_average": [round(value, 2) for value in load],
         "contenders": {contender.name: record(contender, args.warmup) for contender in contenders},
         "ratios": ratios(contenders, args.warmup),
         "failures": failures,
@@ -333,36 +279,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def commit() -> dict[str, Any]:
-    """The commit of the measured tree, and whether the tree differs from it; None outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            ran = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return ran.stdout.strip()
-
-    changes = git("status", "--porcelain", "--", ":/tdmarl")
-    return {
-        "commit": git("rev-parse", "--verify", "HEAD"),
-        "tdmarl_changed": None if changes is None else bool(changes),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-        model = names[0] if names else model
-    except OSError:
-        pass
-    wait = os.environ.get("OMP_WAIT_POLICY")
-    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "omp_wait_policy": wait}
-
-
 def save(result: dict[str, Any], path: Path) -> None:
     """Put one scenario's result into the file, in place of an earlier one of like scenario, device, size."""
 
@@ -372,8 +288,7 @@ def save(result: dict[str, Any], path: Path) -> None:
 
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = [run for run in runs if key(run) != key(result)] + [result]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    write({"runs": runs}, path)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -404,7 +319,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--episodes", type=int, default=256, help="whole episodes of each evaluation")
     add("--eval-every", type=int, default=5, help="rounds between evaluations; first and last always are")
     add("--timeout", type=float, default=900.0, help="seconds a contender may take to answer")
-    add("--benchmarl-venv", type=Path, default=BENCHMARL_VENV, help="its virtual environment, made when not there")
+    add(
+        "--benchmarl-venv",
+        type=Path,
+        default=BENCHMARL_VENV,
+        help="its virtual environment, made when not there",
+    )
     add("--wheels", type=Path, help="folder of wheels to make that environment from, without a network")
     add("--output", type=Path, default=HERE / "results" / "train.json", help="results file")
     args = parser.parse_args(arguments)
