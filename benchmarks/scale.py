@@ -174,7 +174,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             panel.grid(alpha=0.25)
             panel.legend(fontsize=8)
         above.set_title("an iteration; dotted: its collection", fontsize=9)
-        below.set_title("peak memory; dashed: batch, buffer, parameters, optimizer", fontsize=9)
+        below.set_title("peak memory; dashed: what is needed", fontsize=9)
     figure.suptitle(
         f"{result['settings']['scenario']}, {where(result)}, mode {result['settings']['mode']}", fontsize=10
     )
@@ -226,7 +226,7 @@ def main() -> None:
             gpus = [row["gpu"] for row in result["studies"][-1]["sizes"] if row["gpu"]]
             result["machine"]["gpu"] = gpus[0] if gpus else None
             write(result, args.out)
-    picture(draw, result, args.out, (4.2 * len(args.axes), 7))
+    picture(draw, result, args.out, (max(5.5, 4.2 * len(args.axes)), 7))
     print(table(result))
 
 

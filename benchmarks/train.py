@@ -1,10 +1,12 @@
-"""Measures MAPPO training: tdmarl beside BenchMARL and beside a plain TorchRL loop, in one interleaved run.
+"""Measures training by MAPPO, QMIX or MADDPG: tdmarl, BenchMARL and a plain TorchRL loop in one interleaved run.
 
 Each contender is a process of its own that makes one iteration when it is told to, in turn, so that no two
 run at once and whatever else keeps the machine busy meets all of them alike. BenchMARL 1.5.2 needs an older
 TorchRL and gets a virtual environment, made on first use. A contender that fails is reported; the rest go on.
 
     python benchmarks/train.py --scenario navigation balance --iterations 10
+    python benchmarks/train.py --algorithm qmix --scenario balance
+    python benchmarks/train.py --algorithm maddpg
 
 This file imports the standard library only: a child's peak memory starts at its parent's.
 """
@@ -22,12 +24,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from measuring import Process, ProcessFailed, about, write
+from measuring import RESULTS, Process, ProcessFailed, about, picture, write
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("tdmarl", "benchmarl", "torchrl")
+# what differs between the algorithms: a batch, and the optimization steps on it
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mappo": {"num_envs": 600, "minibatch_size": 4096, "max_grad_norm": 5.0},
+    "qmix": {"num_envs": 60, "minibatch_size": 1024, "max_grad_norm": 40.0},
+    "maddpg": {"num_envs": 60, "minibatch_size": 1024, "max_grad_norm": 40.0},
+}
+SENT = (
+    "algorithm num_envs max_steps epochs minibatch_size lr gamma lmbda clip_epsilon entropy_coeff max_grad_norm hidden"
+    " updates buffer_size tau explore_start explore_end explore_frames seed threads device mode"
+).split()
 BENCHMARL = ("benchmarl==1.5.2", "vmas==1.5.2")
 BENCHMARL_VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tdmarl" / "benchmarl-1.5.2"
+COLORS = {"tdmarl": "#0072b2", "benchmarl": "#d55e00", "torchrl": "#777777"}
 PHASES = ("collection", "update", "total")
 CPU_PHASES = tuple(f"{phase}_cpu" for phase in PHASES)  # in processor seconds, all threads added up
 # BenchMARL's task files; a scenario that is not here runs with VMAS's own defaults.
@@ -103,26 +116,8 @@ def benchmarl_python(folder: Path, wheels: Path | None) -> str:
 
 def start(args: argparse.Namespace, scenario: str, failures: dict[str, str]) -> list[Contender]:
     """Start the contenders one after the other, all with the same settings."""
-    settings = {
-        "scenario": scenario,
-        "scenario_args": SCENARIO_ARGS.get(scenario, {}),
-        "num_envs": args.num_envs,
-        "max_steps": args.max_steps,
-        "epochs": args.epochs,
-        "minibatch_size": args.minibatch_size,
-        "lr": args.lr,
-        "adam_eps": 1e-6,
-        "gamma": args.gamma,
-        "lmbda": args.lmbda,
-        "clip_epsilon": args.clip_epsilon,
-        "entropy_coeff": args.entropy_coeff,
-        "max_grad_norm": args.max_grad_norm,
-        "hidden": args.hidden,
-        "seed": args.seed,
-        "threads": args.threads,
-        "device": args.device,
-        "mode": args.mode,
-    }
+    settings = {name: getattr(args, name) for name in SENT}
+    settings |= {"scenario": scenario, "scenario_args": SCENARIO_ARGS.get(scenario, {}), "adam_eps": 1e-6}
     contenders = []
     for name in args.contenders:
         try:
@@ -244,8 +239,8 @@ def table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     frames = settings["num_envs"] * settings["max_steps"]
     lines = [
-        f"### {result['scenario']}, {settings['num_envs']} environments x {settings['max_steps']} steps, "
-        f"{settings['device']}, {settings['threads']} threads",
+        f"### {settings['algorithm']} on {result['scenario']}, {settings['num_envs']} environments x "
+        f"{settings['max_steps']} steps, {settings['device']}, {settings['threads']} threads",
         "",
         "| | collection, frames/s | update, frames/s | total, frames/s "
         "| tdmarl is faster by, total (min-max) | in processor time | peak memory, MB "
@@ -283,12 +278,44 @@ def save(result: dict[str, Any], path: Path) -> None:
     """Put one scenario's result into the file, in place of an earlier one of like scenario, device, size."""
 
     def key(run: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("device", "threads", "num_envs", "max_steps", "mode")
-        return (run["scenario"], *(run["settings"][name] for name in names))
+        names = ("algorithm", "device", "threads", "num_envs", "max_steps", "mode")
+        return (run["scenario"], *(run["settings"].get(name, "mappo") for name in names))
 
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = [run for run in runs if key(run) != key(result)] + [result]
     write({"runs": runs}, path)
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """For each run the frames per second of every contender, and its evaluated returns over frames."""
+    runs = result["runs"]
+    for row, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
+        speeds, returns = row
+        for place, (name, one) in enumerate(run["contenders"].items()):
+            color = COLORS[name]
+            if "frames_per_second" in one:
+                values = [one["frames_per_second"][phase] for phase in PHASES]
+                speeds.bar(
+                    [i + 0.27 * (place - 1) for i in range(len(PHASES))],
+                    values,
+                    0.25,
+                    color=color,
+                    label=name,
+                )
+            found = one["evaluations"]
+            returns.plot(
+                [e["frames"] for e in found], [e["return"] for e in found], "o-", color=color, markersize=4
+            )
+        s = run["settings"]
+        speeds.set_xticks(range(len(PHASES)), PHASES)
+        speeds.set(yscale="log", ylabel="frames/s")
+        speeds.legend(fontsize=8)
+        about_it = (
+            f"{s.get('algorithm', 'mappo')} on {run['scenario']}, {s['num_envs']} x {s['max_steps']} frames"
+        )
+        speeds.set_title(f"{about_it}, {s['device']}, tdmarl's mode {s['mode']}", fontsize=9)
+        returns.set(xlabel="frames", ylabel="evaluated return")
+        returns.grid(alpha=0.25)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -297,20 +324,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--algorithm", choices=list(DEFAULTS), default="mappo", help="what all contenders learn by")
     add("--scenario", nargs="+", default=["navigation"], help="VMAS scenarios, one after the other")
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who, in this order")
     add("--iterations", type=int, default=10, help="rounds; in each, every contender iterates once")
     add("--warmup", type=int, default=1, help="first rounds that do not count for the speed")
-    add("--num-envs", type=int, default=600, help="environments simulated at once")
+    add("--num-envs", type=int, help="environments simulated at once (default: 600, off-policy 60)")
     add("--max-steps", type=int, default=100, help="time limit, and steps per batch")
-    add("--epochs", type=int, default=4, help="passes over each batch")
-    add("--minibatch-size", type=int, default=4096, help="frames of a minibatch")
+    add("--epochs", type=int, default=4, help="MAPPO's passes over each batch")
+    add("--minibatch-size", type=int, help="frames of a minibatch (default: 4096, off-policy 1024)")
+    add("--updates", type=int, default=100, help="of QMIX and MADDPG after each batch")
+    add("--buffer-size", type=int, default=60_000, help="frames in the replay buffer of QMIX and MADDPG")
+    add("--tau", type=float, default=0.005, help="share by which targets follow at each update")
+    add("--explore-start", type=float, default=0.8, help="QMIX's epsilon, MADDPG's noise, at the start")
+    add("--explore-end", type=float, default=0.05, help="the same in the end")
+    add("--explore-frames", type=int, default=60_000, help="frames until then")
     add("--lr", type=float, default=5e-4, help="Adam's learning rate, actor and critic")
     add("--gamma", type=float, default=0.9, help="discount")
     add("--lmbda", type=float, default=0.9, help="GAE's lambda")
     add("--clip-epsilon", type=float, default=0.2, help="PPO's clip")
     add("--entropy-coeff", type=float, default=1e-4, help="weight of the entropy bonus")
-    add("--max-grad-norm", type=float, default=5.0, help="clip, of actor and of critic apart")
+    add("--max-grad-norm", type=float, help="clip, of actor and of critic apart (default: 5, off-policy 40)")
     add("--hidden", type=int, nargs="+", default=[256, 256], help="hidden tanh layers of each network")
     add("--seed", type=int, default=0, help="the seed of every contender")
     add("--threads", type=int, default=2, help="threads of each contender")
@@ -326,8 +360,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="its virtual environment, made when not there",
     )
     add("--wheels", type=Path, help="folder of wheels to make that environment from, without a network")
-    add("--output", type=Path, default=HERE / "results" / "train.json", help="results file")
+    add("--output", type=Path, default=RESULTS / "train.json", help="results file")
     args = parser.parse_args(arguments)
+    for name, value in DEFAULTS[args.algorithm].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.iterations <= args.warmup:
         parser.error(f"--iterations ({args.iterations}) must be greater than --warmup ({args.warmup})")
     return args
@@ -339,6 +376,8 @@ def main() -> None:
         result = measure(args, scenario)
         save(result, args.output)
         print(table(result) + "\n", flush=True)
+    everything = json.loads(args.output.read_text())
+    picture(draw, everything, args.output, (9, 3.2 * len(everything["runs"])))
 
 
 if __name__ == "__main__":

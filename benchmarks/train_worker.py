@@ -19,6 +19,7 @@ from measuring import Answers
 from tensordict import TensorDict, TensorDictBase
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
+EMBED = 32  # width of QMIX's mixer
 PACKAGES = ("torch", "tensordict", "torchrl", "vmas", "benchmarl", "numpy")
 
 
@@ -33,6 +34,7 @@ class Moment(NamedTuple):
 class Settings:
     """The numbers that are the same for every contender; ``train.py`` sends them as JSON."""
 
+    algorithm: str
     scenario: str
     scenario_args: dict[str, Any]
     num_envs: int
@@ -47,6 +49,12 @@ class Settings:
     entropy_coeff: float
     max_grad_norm: float
     hidden: list[int]
+    updates: int
+    buffer_size: int
+    tau: float
+    explore_start: float  # QMIX's epsilon, the deviation of MADDPG's noise
+    explore_end: float
+    explore_frames: int
     seed: int
     threads: int
     device: str
@@ -56,6 +64,11 @@ class Settings:
     def frames(self) -> int:
         """Frames of one batch: every environment makes one episode's length of steps."""
         return self.num_envs * self.max_steps
+
+    @property
+    def continuous(self) -> bool:
+        """Whether actions are; QMIX chooses among some."""
+        return self.algorithm != "qmix"
 
 
 class Worker:
@@ -163,7 +176,7 @@ def evaluate(
         settings.scenario,
         num_envs=episodes,
         device=settings.device,
-        continuous_actions=True,
+        continuous_actions=settings.continuous,
         max_steps=settings.max_steps,
         seed=seed,
         clamp_actions=True,
@@ -180,7 +193,8 @@ def evaluate(
                 batch_size=[episodes],
                 device=settings.device,
             )
-            actions = policy(step)["agents", "action"]  # [E, n, a]
+            actions = policy(step)["agents", "action"]  # [E, n, a], or choices [E, n]
+            actions = actions if settings.continuous else actions.unsqueeze(-1)
             observations, rewards, done, _ = env.step(list(actions.unbind(1)))
             returns += torch.stack(rewards, 1).mean(1) * running
             lengths += running
