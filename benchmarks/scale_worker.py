@@ -106,7 +106,7 @@ class Size:
     def memory(self) -> dict[str, Any]:
         """Bytes of what an iteration cannot do without, and the most that one needs beside the libraries' own.
 
-        As in the recipes a batch is let go of before the next one is collected.
+        As in the recipes of on-policy learning a batch is let go of before the next one is collected.
         """
         before = nbytes(x for tensors in held(self.learner).values() for x in tensors)
         memory = Memory(self.settings["device"])
