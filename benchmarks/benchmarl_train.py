@@ -1,4 +1,4 @@
-"""MAPPO by BenchMARL's own unchanged ``Experiment``, stopped between iterations by a callback.
+"""MAPPO, QMIX or MADDPG by BenchMARL's own unchanged ``Experiment``, stopped between iterations by a callback.
 
 A contender of ``train.py``, which starts it in a virtual environment of its own: BenchMARL 1.5.2 needs an
 older TorchRL than tdmarl.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from typing import Any
 
-from benchmarl.algorithms import MappoConfig
+from benchmarl.algorithms import MaddpgConfig, MappoConfig, QmixConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback, Experiment, ExperimentConfig
 from benchmarl.models.mlp import MlpConfig
 from tensordict import TensorDictBase
-from train_worker import Settings, Worker
+from train_worker import EMBED, Settings, Worker
+
+
+NETWORKS = {"mappo": ("actor", "critic"), "qmix": ("local_value", "mixer"), "maddpg": ("actor", "value")}
 
 
 class Turns(Callback):
@@ -59,6 +63,17 @@ def experiment_config(settings: Settings, folder: str) -> ExperimentConfig:
     config.on_policy_n_envs_per_worker = settings.num_envs
     config.on_policy_n_minibatch_iters = settings.epochs
     config.on_policy_minibatch_size = settings.minibatch_size
+    config.off_policy_collected_frames_per_batch = settings.frames
+    config.off_policy_n_envs_per_worker = settings.num_envs
+    config.off_policy_n_optimizer_steps = settings.updates
+    config.off_policy_train_batch_size = settings.minibatch_size
+    config.off_policy_memory_size = settings.buffer_size
+    config.polyak_tau = settings.tau
+    config.exploration_eps_init = settings.explore_start
+    config.exploration_eps_end = settings.explore_end
+    config.exploration_anneal_frames = settings.explore_frames
+    config.prefer_continuous_actions = settings.continuous
+    config.share_policy_params = settings.algorithm != "maddpg"
     config.evaluation = False
     config.render = False
     config.loggers = []
@@ -67,12 +82,16 @@ def experiment_config(settings: Settings, folder: str) -> ExperimentConfig:
     return config
 
 
-def main() -> None:
-    worker = Worker()
-    settings = worker.settings
-
-    task = VmasTask[settings.scenario.upper()].get_from_yaml()
-    task.config = {"max_steps": settings.max_steps, **settings.scenario_args}
+def algorithm_config(settings: Settings) -> Any:
+    """BenchMARL's algorithm with the choices of this comparison."""
+    if settings.algorithm == "qmix":
+        algorithm = QmixConfig.get_from_yaml()
+        algorithm.mixing_embed_dim = EMBED
+        return algorithm
+    if settings.algorithm == "maddpg":
+        algorithm = MaddpgConfig.get_from_yaml()
+        algorithm.share_param_critic = False
+        return algorithm
     algorithm = MappoConfig.get_from_yaml()
     algorithm.share_param_critic = True
     algorithm.clip_epsilon = settings.clip_epsilon
@@ -83,6 +102,15 @@ def main() -> None:
     algorithm.scale_mapping = "biased_softplus_1.0"
     algorithm.use_tanh_normal = True
     algorithm.minibatch_advantage = False
+    return algorithm
+
+
+def main() -> None:
+    worker = Worker()
+    settings = worker.settings
+
+    task = VmasTask[settings.scenario.upper()].get_from_yaml()
+    task.config = {"max_steps": settings.max_steps, **settings.scenario_args}
     model = MlpConfig.get_from_yaml()
     model.num_cells = settings.hidden
 
@@ -90,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(
             task=task,
-            algorithm_config=algorithm,
+            algorithm_config=algorithm_config(settings),
             model_config=model,
             seed=settings.seed,
             config=experiment_config(settings, folder),
@@ -98,8 +126,8 @@ def main() -> None:
         )
         loss = experiment.losses["agents"]
         networks = {
-            "actor": loss.actor_network_params.values(True, True),
-            "critic": loss.critic_network_params.values(True, True),
+            name: getattr(loss, f"{name}_network_params").values(True, True)
+            for name in NETWORKS[settings.algorithm]
         }
         worker.start(experiment.policy, networks)
         turns.begin()

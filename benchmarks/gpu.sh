@@ -8,7 +8,8 @@
 #
 # Environment: PYTHON (python3), DEVICE (cuda; cpu tries the script out), OUT (benchmarks/results),
 # QUICK=1 (tiny sizes), BUDGET (seconds in all, 540: what is left of it bounds each measurement),
-# PARTS ("check simulate train"), RESUME=1 (go on with the simulator's results that are there).
+# MODE (compile on a CPU, cudagraph on CUDA: the fast one), PARTS ("check simulate roofline time scale train": all of it
+# takes several calls on a slow machine, one or more parts each), RESUME=1 (go on with the simulator's results that are there).
 set -uo pipefail
 
 wheels=${1:+$(realpath "$1")}
@@ -17,7 +18,7 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 out=${OUT:-benchmarks/results}
 budget=${BUDGET:-540}
-parts=" ${PARTS:-check simulate train} "
+parts=" ${PARTS:-check simulate roofline time scale train} "
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
@@ -67,18 +68,29 @@ PYTHON
 if [ -n "${QUICK:-}" ]; then
     sizes=(--num-envs 32 --max-steps 20 --minibatch-size 320 --iterations 2 --warmup 1 --episodes 16)
     scenarios=(navigation)
+    products=(--num-envs 16 --steps 10 --width 32 --simulated-envs 32 64 --scenarios simple_spread --rounds 1)
+    shares=(--num-envs 32 --steps 10 --width 16 --minibatch-size 160 --rounds 1)
+    growth=(--algorithms mappo --num-envs 16 32 --n-agents 2 3 --width 8 16 --at 16 2 8 --steps 10 --rounds 1)
+    offpolicy=(--num-envs 16 --max-steps 20 --minibatch-size 64 --updates 4 --iterations 2 --episodes 16)
     sequential=(--num-envs 32 --steps 20 --minibatch-size 320 --rounds 1)
     simulator=(--scenarios dropout --num-envs 32 64 --modes eager trace --steps 4 --warmup 4 --repetitions 2
         --seconds 0.05)
 else
     sizes=(--num-envs 4096 --max-steps 100 --minibatch-size 65536 --iterations 5 --warmup 2 --episodes 1024)
     scenarios=(navigation balance)
+    products=()
+    shares=(--num-envs 4096 --minibatch-size 65536 --width 256)
+    growth=(--num-envs 1024 4096 16384 65536 --n-agents 2 4 8 16 --at 1024 4 256 --minibatch-size 65536 --rounds 3)
+    offpolicy=(--num-envs 600 --minibatch-size 4096 --iterations 5 --warmup 2 --episodes 1024)
     sequential=(--num-envs 4096 --minibatch-size 65536 --rounds 3)
     modes=(eager compile)
     [ "${device%%:*}" = cuda ] && modes+=(cudagraph)
     simulator=(--scenarios balance simple_spread navigation --num-envs 4096 16384 65536 --modes "${modes[@]}"
         --repetitions 3 --timeout 420)
 fi
+mode=${MODE:-compile}
+[ -z "${MODE:-}" ] && [ "${device%%:*}" = cuda ] && mode=cudagraph
+[ -n "${QUICK:-}" ] && mode=${MODE:-eager}
 simulated="$out/simulate-$device.json"
 [ -n "${RESUME:-}" ] && simulator+=(--resume-from "$simulated")
 common=(benchmarks/train.py --scenario "${scenarios[@]}" "${sizes[@]}" --device "$device" --eval-every 100
@@ -100,12 +112,31 @@ if wanted simulate; then
     part "speed: the simulator alone" \
         "$python" benchmarks/simulate.py --device "$device" "${simulator[@]}" --out "$simulated"
 fi
+if wanted roofline; then
+    part "limits: updates beside their products, the simulator beside a copy" \
+        "$python" benchmarks/roofline.py --device "$device" --mode "$mode" --simulation "$mode" "${products[@]}" \
+        --out "$out/roofline-$device.json"
+fi
+if wanted time; then
+    part "where an iteration's time goes" \
+        "$python" benchmarks/where_time_goes.py --device "$device" --simulation "$mode" "${shares[@]}" \
+        --out "$out/where_time_goes-$device.json"
+fi
+if wanted scale; then
+    part "growth over environments, agents and width" \
+        "$python" benchmarks/scale.py --device "$device" --mode "$mode" "${growth[@]}" --out "$out/scale-$device.json"
+fi
 if wanted train; then
     part "speed: tdmarl eager beside a TorchRL loop" \
         "$python" "${common[@]}" --contenders tdmarl torchrl --mode eager
-    for mode in compile cudagraph; do
-        [ "$mode" = cudagraph ] && [ "${device%%:*}" != cuda ] && continue
-        part "speed: tdmarl with mode=$mode" "$python" "${common[@]}" --contenders tdmarl --mode "$mode"
+    for fast in compile cudagraph; do
+        [ "$fast" = cudagraph ] && [ "${device%%:*}" != cuda ] && continue
+        part "speed: tdmarl with mode=$fast" "$python" "${common[@]}" --contenders tdmarl --mode "$fast"
+    done
+    for algorithm in qmix maddpg; do
+        part "speed: $algorithm beside a TorchRL loop" \
+            "$python" benchmarks/train.py --algorithm "$algorithm" "${offpolicy[@]}" --device "$device" \
+            --contenders tdmarl torchrl --mode eager --eval-every 100 --output "$out/train-$device.json"
     done
     part "speed: HAPPO and its kin beside unshared MAPPO" \
         "$python" benchmarks/happo_train.py "${sequential[@]}" --device "$device" --out "$out/happo_train-$device.json"

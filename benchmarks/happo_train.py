@@ -12,10 +12,8 @@ learner's call on it. Times are the clock's and this process's processor's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
 
 import tdmarl  # noqa: E402
-from simulate import machine  # noqa: E402
+from measuring import about, seconds, write  # noqa: E402
 
 CONTENDERS = ("mappo unshared", "happo", "happo without factor", "haa2c", "hatrpo")
 
@@ -54,17 +52,6 @@ def make(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Any
     return iter(tdmarl.Collector(env, algo.explore, frames_per_batch=frames, seed=0)), algo.learner
 
 
-def timed(function: Any, device: torch.device) -> tuple[Any, float, float]:
-    """What a call returned, its seconds by the clock, and those of this process's processor."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start, cpu = time.perf_counter(), time.process_time()
-    found = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return found, time.perf_counter() - start, time.process_time() - cpu
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds after the first, and how many times those of unshared MAPPO they are, round by round."""
     device = torch.device(args.device)
@@ -73,8 +60,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds + 1):
         rounds.append({})
         for name, (batches, learner) in made.items():
-            batch, *collecting = timed(lambda b=batches: next(b), device)
-            _, *learning = timed(lambda le=learner, b=batch: le(b), device)
+            *collecting, batch = seconds(lambda b=batches: next(b), args.device)
+            learning = seconds(lambda le=learner, b=batch: le(b), args.device)
             rounds[-1][name] = {
                 "collect_wall": collecting[0], "collect_cpu": collecting[1], "learn_wall": learning[0],
                 "learn_cpu": learning[1], "wall": collecting[0] + learning[0], "cpu": collecting[1] + learning[1],
@@ -115,11 +102,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     found = measure(args)
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(
-        json.dumps({"machine": machine(), "settings": settings, "results": found}, indent=1) + "\n"
-    )
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    write({**about(vars(args), gpu), "results": found}, args.out)
     print(f"{'':22s} collect   learn   total   times {args.contenders[0]}: total (learn), processor")
     for name, figures in found.items():
         s, r = figures["seconds"], figures["times_the_first"]

@@ -15,15 +15,14 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from measuring import commit, machine, of_threads, write
 from simulate_summary import ratios, summary, table, text
 
 HERE = Path(__file__).resolve().parent
@@ -52,8 +51,7 @@ def measure(settings: dict[str, Any], timeout: float, warm_cache: bool) -> dict[
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         given, out = Path(folder, "settings.json"), Path(folder, "result.json")
         given.write_text(json.dumps(settings))
-        threads = str(settings["threads"])
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = of_threads(settings["threads"], os.environ)
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if not warm_cache:
@@ -84,28 +82,6 @@ def measure(settings: dict[str, Any], timeout: float, warm_cache: bool) -> dict[
             result["failed"]["process"] = f"{problem}; last said: {' | '.join(words[-3:])[-600:]}"
     case = {name: settings[name] for name in KEY}
     return {**case, "commit": commit(), **result, "ratios": ratios(result["measured"])}
-
-
-def commit() -> str | None:
-    """The commit that is checked out, with a plus where files differ from it."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers are measured on and with; the GPU stands in each case."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = "torch", "torchrl", "tensordict", "vmas"
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-    }
 
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -157,10 +133,7 @@ def is_there(case: dict[str, Any], settings: dict[str, Any]) -> bool:
 def save(result: dict[str, Any], out: Path, picture: bool = True) -> None:
     """Writes the results with their summary, and the picture beside them where matplotlib is installed."""
     result["summary"] = summary(result["cases"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(out)
+    write(result, out)
     if picture:
         try:
             from simulate_plot import plot

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from typing import Any
+
+from measuring import exponent
 
 Case = dict[str, Any]
 STOCK = ("torchrl", "vmas")
@@ -35,16 +36,6 @@ def ratios(contenders: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]
             "cpu": statistics.median(by_cpu),
         }
     return found
-
-
-def exponent(points: list[tuple[float, float]]) -> float | None:
-    """p of the power law y = c x^p that fits best in logarithms; None where the points do not say."""
-    if len({x for x, _ in points}) < 2 or min(y for _, y in points) <= 0:
-        return None
-    xs, ys = ([math.log(point[i]) for point in points] for i in (0, 1))
-    x_mean, y_mean = statistics.mean(xs), statistics.mean(ys)
-    covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys))
-    return covariance / sum((x - x_mean) ** 2 for x in xs)
 
 
 def summary(cases: list[Case]) -> dict[str, Any]:

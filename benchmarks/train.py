@@ -1,10 +1,12 @@
-"""Measures MAPPO training: tdmarl beside BenchMARL and beside a plain TorchRL loop, in one interleaved run.
+"""Measures training by MAPPO, QMIX or MADDPG: tdmarl, BenchMARL and a plain TorchRL loop in one interleaved run.
 
 Each contender is a process of its own that makes one iteration when it is told to, in turn, so that no two
 run at once and whatever else keeps the machine busy meets all of them alike. BenchMARL 1.5.2 needs an older
 TorchRL and gets a virtual environment, made on first use. A contender that fails is reported; the rest go on.
 
     python benchmarks/train.py --scenario navigation balance --iterations 10
+    python benchmarks/train.py --algorithm qmix --scenario balance
+    python benchmarks/train.py --algorithm maddpg
 
 This file imports the standard library only: a child's peak memory starts at its parent's.
 """
@@ -12,25 +14,33 @@ This file imports the standard library only: a child's peak memory starts at its
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import select
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 import venv
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from measuring import RESULTS, Process, ProcessFailed, about, picture, write
+
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("tdmarl", "benchmarl", "torchrl")
+# what differs between the algorithms: a batch, and the optimization steps on it
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mappo": {"num_envs": 600, "minibatch_size": 4096, "max_grad_norm": 5.0},
+    "qmix": {"num_envs": 60, "minibatch_size": 1024, "max_grad_norm": 40.0},
+    "maddpg": {"num_envs": 60, "minibatch_size": 1024, "max_grad_norm": 40.0},
+}
+SENT = (
+    "algorithm num_envs max_steps epochs minibatch_size lr gamma lmbda clip_epsilon entropy_coeff max_grad_norm hidden"
+    " updates buffer_size tau explore_start explore_end explore_frames seed threads device mode"
+).split()
 BENCHMARL = ("benchmarl==1.5.2", "vmas==1.5.2")
 BENCHMARL_VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tdmarl" / "benchmarl-1.5.2"
+COLORS = {"tdmarl": "#0072b2", "benchmarl": "#d55e00", "torchrl": "#777777"}
 PHASES = ("collection", "update", "total")
 CPU_PHASES = tuple(f"{phase}_cpu" for phase in PHASES)  # in processor seconds, all threads added up
 # BenchMARL's task files; a scenario that is not here runs with VMAS's own defaults.
@@ -49,76 +59,26 @@ SCENARIO_ARGS: dict[str, dict[str, Any]] = {
 }
 
 
-class ContenderFailed(Exception):
-    """A contender's process died, hung or could not be started; the message ends with its last words."""
-
-
-class Contender:
-    """One contender's process: asks, waits for the answer, keeps what it said on stderr for the report."""
+class Contender(Process):
+    """One contender's process, and what it has answered so far."""
 
     def __init__(self, name: str, python: str, settings: dict[str, Any], timeout: float) -> None:
-        self.name = name
-        self.timeout = timeout
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
-        self._stderr = tempfile.TemporaryFile("w+")
-        threads = str(settings["threads"])
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = dict(os.environ)
         if name == "benchmarl":
             environment.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
-            [python, str(HERE / f"{name}_train.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env=environment,
-        )
-        started = time.perf_counter()
-        self.about = {**self._answer(), "start_seconds": time.perf_counter() - started}
+        command = [python, str(HERE / f"{name}_train.py"), json.dumps(settings)]
+        super().__init__(name, command, settings["threads"], timeout, environment)
 
     def iterate(self) -> None:
         """One collection and one update."""
-        self.rows.append(self._ask(do="iterate"))
+        self.rows.append(self.ask(do="iterate"))
 
     def evaluate(self, episodes: int, seed: int) -> None:
         """The deterministic policy's return in stock VMAS, after the frames seen so far."""
         frames = sum(row["frames"] for row in self.rows)
-        self.evaluations.append({"frames": frames, **self._ask(do="evaluate", episodes=episodes, seed=seed)})
-
-    def finish(self) -> None:
-        """End the process; it has its own time to shut down, not more than a minute."""
-        try:
-            self._process.communicate(json.dumps({"do": "finish"}) + "\n", timeout=60)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise ContenderFailed(self._last_words("ended")) from error
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], self.timeout)
-        if not ready:
-            self._process.kill()
-            raise ContenderFailed(self._last_words(f"gave no answer in {self.timeout:.0f} s"))
-        line = self._process.stdout.readline()
-        if not line:
-            raise ContenderFailed(self._last_words("ended"))
-        return json.loads(line)
-
-    def _last_words(self, what: str) -> str:
-        self._process.wait(60)
-        self._stderr.seek(0)
-        words = self._stderr.read()[-2000:].strip()
-        return f"{self.name} {what} (exit code {self._process.returncode}): {words}"
+        self.evaluations.append({"frames": frames, **self.ask(do="evaluate", episodes=episodes, seed=seed)})
 
 
 def benchmarl_python(folder: Path, wheels: Path | None) -> str:
@@ -147,35 +107,17 @@ def benchmarl_python(folder: Path, wheels: Path | None) -> str:
         subprocess.run([*command, torch, *BENCHMARL], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         words = (error.stderr or str(error))[-2000:].strip()
-        raise ContenderFailed(f"no environment for benchmarl: {words}") from error
+        raise ProcessFailed(f"no environment for benchmarl: {words}") from error
     except (OSError, metadata.PackageNotFoundError) as error:
-        raise ContenderFailed(f"no environment for benchmarl: {error}") from error
+        raise ProcessFailed(f"no environment for benchmarl: {error}") from error
     done.touch()
     return str(python)
 
 
 def start(args: argparse.Namespace, scenario: str, failures: dict[str, str]) -> list[Contender]:
     """Start the contenders one after the other, all with the same settings."""
-    settings = {
-        "scenario": scenario,
-        "scenario_args": SCENARIO_ARGS.get(scenario, {}),
-        "num_envs": args.num_envs,
-        "max_steps": args.max_steps,
-        "epochs": args.epochs,
-        "minibatch_size": args.minibatch_size,
-        "lr": args.lr,
-        "adam_eps": 1e-6,
-        "gamma": args.gamma,
-        "lmbda": args.lmbda,
-        "clip_epsilon": args.clip_epsilon,
-        "entropy_coeff": args.entropy_coeff,
-        "max_grad_norm": args.max_grad_norm,
-        "hidden": args.hidden,
-        "seed": args.seed,
-        "threads": args.threads,
-        "device": args.device,
-        "mode": args.mode,
-    }
+    settings = {name: getattr(args, name) for name in SENT}
+    settings |= {"scenario": scenario, "scenario_args": SCENARIO_ARGS.get(scenario, {}), "adam_eps": 1e-6}
     contenders = []
     for name in args.contenders:
         try:
@@ -183,7 +125,7 @@ def start(args: argparse.Namespace, scenario: str, failures: dict[str, str]) -> 
             if name == "benchmarl":
                 python = benchmarl_python(args.benchmarl_venv, args.wheels)
             contenders.append(Contender(name, python, settings, args.timeout))
-        except ContenderFailed as failure:
+        except ProcessFailed as failure:
             failures[name] = str(failure)
     return contenders
 
@@ -203,7 +145,7 @@ def measure(args: argparse.Namespace, scenario: str) -> dict[str, Any]:
         for contender in list(alive):
             try:
                 getattr(contender, action)(*arguments)
-            except ContenderFailed as failure:
+            except ProcessFailed as failure:
                 failures[contender.name] = str(failure)
                 alive.remove(contender)
 
@@ -220,12 +162,11 @@ def measure(args: argparse.Namespace, scenario: str) -> dict[str, Any]:
     places = ("scenario", "output", "wheels", "benchmarl_venv")
     options = {name: value for name, value in vars(args).items() if name not in places}
     options["scenario_args"] = SCENARIO_ARGS.get(scenario, {})
+    gpus = [contender.about["device_name"] for contender in contenders]
     return {
         "scenario": scenario,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": {**machine(), "load_average": [round(value, 2) for value in load]},
-        "settings": options,
+        **about(options, gpus[0] if gpus else None),
+        "load_average": [round(value, 2) for value in load],
         "contenders": {contender.name: record(contender, args.warmup) for contender in contenders},
         "ratios": ratios(contenders, args.warmup),
         "failures": failures,
@@ -298,8 +239,8 @@ def table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     frames = settings["num_envs"] * settings["max_steps"]
     lines = [
-        f"### {result['scenario']}, {settings['num_envs']} environments x {settings['max_steps']} steps, "
-        f"{settings['device']}, {settings['threads']} threads",
+        f"### {settings['algorithm']} on {result['scenario']}, {settings['num_envs']} environments x "
+        f"{settings['max_steps']} steps, {settings['device']}, {settings['threads']} threads",
         "",
         "| | collection, frames/s | update, frames/s | total, frames/s "
         "| tdmarl is faster by, total (min-max) | in processor time | peak memory, MB "
@@ -333,47 +274,48 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def commit() -> dict[str, Any]:
-    """The commit of the measured tree, and whether the tree differs from it; None outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            ran = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return ran.stdout.strip()
-
-    changes = git("status", "--porcelain", "--", ":/tdmarl")
-    return {
-        "commit": git("rev-parse", "--verify", "HEAD"),
-        "tdmarl_changed": None if changes is None else bool(changes),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-        model = names[0] if names else model
-    except OSError:
-        pass
-    wait = os.environ.get("OMP_WAIT_POLICY")
-    return {"system": platform.platform(), "cpu": model, "cores": os.cpu_count(), "omp_wait_policy": wait}
-
-
 def save(result: dict[str, Any], path: Path) -> None:
     """Put one scenario's result into the file, in place of an earlier one of like scenario, device, size."""
 
     def key(run: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("device", "threads", "num_envs", "max_steps", "mode")
-        return (run["scenario"], *(run["settings"][name] for name in names))
+        names = ("algorithm", "device", "threads", "num_envs", "max_steps", "mode")
+        return (run["scenario"], *(run["settings"].get(name, "mappo") for name in names))
 
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = [run for run in runs if key(run) != key(result)] + [result]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    write({"runs": runs}, path)
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """For each run the frames per second of every contender, and its evaluated returns over frames."""
+    runs = result["runs"]
+    for row, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
+        speeds, returns = row
+        for place, (name, one) in enumerate(run["contenders"].items()):
+            color = COLORS[name]
+            if "frames_per_second" in one:
+                values = [one["frames_per_second"][phase] for phase in PHASES]
+                speeds.bar(
+                    [i + 0.27 * (place - 1) for i in range(len(PHASES))],
+                    values,
+                    0.25,
+                    color=color,
+                    label=name,
+                )
+            found = one["evaluations"]
+            returns.plot(
+                [e["frames"] for e in found], [e["return"] for e in found], "o-", color=color, markersize=4
+            )
+        s = run["settings"]
+        speeds.set_xticks(range(len(PHASES)), PHASES)
+        speeds.set(yscale="log", ylabel="frames/s")
+        speeds.legend(fontsize=8)
+        about_it = (
+            f"{s.get('algorithm', 'mappo')} on {run['scenario']}, {s['num_envs']} x {s['max_steps']} frames"
+        )
+        speeds.set_title(f"{about_it}, {s['device']}, tdmarl's mode {s['mode']}", fontsize=9)
+        returns.set(xlabel="frames", ylabel="evaluated return")
+        returns.grid(alpha=0.25)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -382,20 +324,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--algorithm", choices=list(DEFAULTS), default="mappo", help="what all contenders learn by")
     add("--scenario", nargs="+", default=["navigation"], help="VMAS scenarios, one after the other")
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who, in this order")
     add("--iterations", type=int, default=10, help="rounds; in each, every contender iterates once")
     add("--warmup", type=int, default=1, help="first rounds that do not count for the speed")
-    add("--num-envs", type=int, default=600, help="environments simulated at once")
+    add("--num-envs", type=int, help="environments simulated at once (default: 600, off-policy 60)")
     add("--max-steps", type=int, default=100, help="time limit, and steps per batch")
-    add("--epochs", type=int, default=4, help="passes over each batch")
-    add("--minibatch-size", type=int, default=4096, help="frames of a minibatch")
+    add("--epochs", type=int, default=4, help="MAPPO's passes over each batch")
+    add("--minibatch-size", type=int, help="frames of a minibatch (default: 4096, off-policy 1024)")
+    add("--updates", type=int, default=100, help="of QMIX and MADDPG after each batch")
+    add("--buffer-size", type=int, default=60_000, help="frames in the replay buffer of QMIX and MADDPG")
+    add("--tau", type=float, default=0.005, help="share by which targets follow at each update")
+    add("--explore-start", type=float, default=0.8, help="QMIX's epsilon, MADDPG's noise, at the start")
+    add("--explore-end", type=float, default=0.05, help="the same in the end")
+    add("--explore-frames", type=int, default=60_000, help="frames until then")
     add("--lr", type=float, default=5e-4, help="Adam's learning rate, actor and critic")
     add("--gamma", type=float, default=0.9, help="discount")
     add("--lmbda", type=float, default=0.9, help="GAE's lambda")
     add("--clip-epsilon", type=float, default=0.2, help="PPO's clip")
     add("--entropy-coeff", type=float, default=1e-4, help="weight of the entropy bonus")
-    add("--max-grad-norm", type=float, default=5.0, help="clip, of actor and of critic apart")
+    add("--max-grad-norm", type=float, help="clip, of actor and of critic apart (default: 5, off-policy 40)")
     add("--hidden", type=int, nargs="+", default=[256, 256], help="hidden tanh layers of each network")
     add("--seed", type=int, default=0, help="the seed of every contender")
     add("--threads", type=int, default=2, help="threads of each contender")
@@ -404,10 +353,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--episodes", type=int, default=256, help="whole episodes of each evaluation")
     add("--eval-every", type=int, default=5, help="rounds between evaluations; first and last always are")
     add("--timeout", type=float, default=900.0, help="seconds a contender may take to answer")
-    add("--benchmarl-venv", type=Path, default=BENCHMARL_VENV, help="its virtual environment, made when not there")
+    add(
+        "--benchmarl-venv",
+        type=Path,
+        default=BENCHMARL_VENV,
+        help="its virtual environment, made when not there",
+    )
     add("--wheels", type=Path, help="folder of wheels to make that environment from, without a network")
-    add("--output", type=Path, default=HERE / "results" / "train.json", help="results file")
+    add("--output", type=Path, default=RESULTS / "train.json", help="results file")
     args = parser.parse_args(arguments)
+    for name, value in DEFAULTS[args.algorithm].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.iterations <= args.warmup:
         parser.error(f"--iterations ({args.iterations}) must be greater than --warmup ({args.warmup})")
     return args
@@ -419,6 +376,8 @@ def main() -> None:
         result = measure(args, scenario)
         save(result, args.output)
         print(table(result) + "\n", flush=True)
+    everything = json.loads(args.output.read_text())
+    picture(draw, everything, args.output, (9, 3.2 * len(everything["runs"])))
 
 
 if __name__ == "__main__":

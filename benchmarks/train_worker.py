@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import sys
 import time
@@ -16,9 +15,11 @@ from importlib import metadata
 from typing import Any, Callable, Iterable, NamedTuple
 
 import torch
+from measuring import Answers
 from tensordict import TensorDict, TensorDictBase
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
+EMBED = 32  # width of QMIX's mixer
 PACKAGES = ("torch", "tensordict", "torchrl", "vmas", "benchmarl", "numpy")
 
 
@@ -33,6 +34,7 @@ class Moment(NamedTuple):
 class Settings:
     """The numbers that are the same for every contender; ``train.py`` sends them as JSON."""
 
+    algorithm: str
     scenario: str
     scenario_args: dict[str, Any]
     num_envs: int
@@ -47,6 +49,12 @@ class Settings:
     entropy_coeff: float
     max_grad_norm: float
     hidden: list[int]
+    updates: int
+    buffer_size: int
+    tau: float
+    explore_start: float  # QMIX's epsilon, the deviation of MADDPG's noise
+    explore_end: float
+    explore_frames: int
     seed: int
     threads: int
     device: str
@@ -57,17 +65,21 @@ class Settings:
         """Frames of one batch: every environment makes one episode's length of steps."""
         return self.num_envs * self.max_steps
 
+    @property
+    def continuous(self) -> bool:
+        """Whether actions are; QMIX chooses among some."""
+        return self.algorithm != "qmix"
+
 
 class Worker:
     """One contender's end of the pipe: waits for the driver's word, reports what an iteration took.
 
-    Requests and answers are lines of JSON: ``iterate`` lets :meth:`wait` return True, ``finish`` lets it
-    return False, ``evaluate`` is answered at once. The contender's own prints go to stderr.
+    The request ``iterate`` lets :meth:`wait` return True, the end of requests lets it return False, ``evaluate`` is
+    answered at once.
     """
 
     def __init__(self) -> None:
-        self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
+        self._answers = Answers()
         self.settings = Settings(**json.loads(sys.argv[1]))
         self._cuda = self.settings.device.startswith("cuda")
         torch.set_num_threads(self.settings.threads)
@@ -81,7 +93,7 @@ class Worker:
             parameters (dict): the trained tensors by network, to show that the networks are equally large.
         """
         self._policy = policy
-        self._answer(
+        self._answers.answer(
             versions={name: _version(name) for name in PACKAGES},
             python=sys.version.split()[0],
             device_name=torch.cuda.get_device_name() if self._cuda else None,
@@ -90,13 +102,10 @@ class Worker:
 
     def wait(self) -> bool:
         """True when the driver asks for another iteration, False when it is done; evaluates in between."""
-        for line in sys.stdin:
-            request = json.loads(line)
+        for request in self._answers.requests():
             if request["do"] == "iterate":
                 return True
-            if request["do"] == "finish":
-                return False
-            self._answer(**self._evaluate(request["episodes"], request["seed"]))
+            self._answers.answer(**self._evaluate(request["episodes"], request["seed"]))
         return False
 
     def clock(self) -> Moment:
@@ -114,7 +123,7 @@ class Worker:
         """
         ended = batch["next", "done"].squeeze(-1)  # [E, T]
         returns = batch["next", "agents", "episode_reward"].squeeze(-1).mean(-1)[ended]  # [ended episodes]
-        self._answer(
+        self._answers.answer(
             frames=batch.numel(),
             collect_seconds=collected.wall - started.wall,
             update_seconds=updated.wall - collected.wall,
@@ -147,10 +156,6 @@ class Worker:
     def _peak_device_memory_mb(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20 if self._cuda else None
 
-    def _answer(self, **content: Any) -> None:
-        self._answers.write(json.dumps(content) + "\n")
-        self._answers.flush()
-
 
 @torch.no_grad()
 def evaluate(
@@ -171,7 +176,7 @@ def evaluate(
         settings.scenario,
         num_envs=episodes,
         device=settings.device,
-        continuous_actions=True,
+        continuous_actions=settings.continuous,
         max_steps=settings.max_steps,
         seed=seed,
         clamp_actions=True,
@@ -188,7 +193,8 @@ def evaluate(
                 batch_size=[episodes],
                 device=settings.device,
             )
-            actions = policy(step)["agents", "action"]  # [E, n, a]
+            actions = policy(step)["agents", "action"]  # [E, n, a], or choices [E, n]
+            actions = actions if settings.continuous else actions.unsqueeze(-1)
             observations, rewards, done, _ = env.step(list(actions.unbind(1)))
             returns += torch.stack(rewards, 1).mean(1) * running
             lengths += running

@@ -61,6 +61,7 @@ def main(options: IPPOOptions) -> None:
             if run.evaluates():
                 returns = tdmarl.evaluate(env, algo.policy, episodes=options.eval_episodes, seed=options.seed)
             run.log(batch, metrics, returns)
+            del batch  # or two would be in memory while the next is collected
 
 
 if __name__ == "__main__":

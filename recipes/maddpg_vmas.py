@@ -32,6 +32,7 @@ class MADDPGOptions(DeterministicOptions):
     """Two critics for each agent, whose smaller value counts (TD3)."""
     target_noise: float = 0.2
     """Smooth the targets of continuous actions by noise of this size (TD3: 0.2)."""
+    total_frames: int = 1_024_000
     minibatch_size: int = 1_024
     """Frames per minibatch."""
     num_updates: int = 48

@@ -180,6 +180,10 @@ class BatchBuffer:
         order = permutation() if blocks is None else torch.stack([permutation() for _ in range(blocks)])
         return list(order.split(size, -1))
 
+    def empty(self) -> None:
+        """Lets go of the batch, whose memory the next one needs."""
+        self._rows, self._parts = None, []
+
     def state_dict(self) -> dict[str, Any]:
         """The generator's state; the batch itself is used up within one iteration."""
         return {"generator": self.generator.get_state()}
@@ -187,4 +191,4 @@ class BatchBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.generator.set_state(state["generator"].cpu())
-        self._rows, self._parts = None, []
+        self.empty()

@@ -81,6 +81,8 @@ class Learner:
             taken = 0
         with seeds.routed(self.generator):  # what losses draw
             metrics = [self._update() for _ in range(taken)]
+        if isinstance(self.buffer, BatchBuffer):
+            self.buffer.empty()
         if self.annealing is not None:
             self.annealing.advance(frames)
         names = list(dict.fromkeys(key for m in metrics for key in m.keys()))
@@ -223,6 +225,7 @@ class SequentialLearner:
         self.buffer.extend(view)
         agent.step.begin()
         metrics = [take(self.buffer.sample()) for _ in range(self.buffer.n_updates)]
+        self.buffer.empty()
         if agent.group in self.factors:
             group = {
                 "log_prob_before": before.unsqueeze(-1),

@@ -15,7 +15,7 @@ from tdmarl import log
 from tdmarl.envs.tasks import TASKS
 
 
-WORTH_COMPILING = 10_000  # updates, each of which saves milliseconds
+WORTH_COMPILING = 8_000  # updates, each of which saves milliseconds
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -56,6 +56,12 @@ def generalized_advantage(
     return advantage, advantage + value
 
 
+_ROWS, _PARTS = (
+    8_192,
+    64,
+)  # a critic is asked about so many rows at least, and of a batch in so many parts at most
+
+
 def on_host(device: torch.device) -> bool:
     """Whether reading a tensor's values waits for nothing."""
     return device.type == "cpu"
@@ -125,7 +131,7 @@ class Advantage(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         with set_recurrent_mode(True):
-            valued = self.critic(tensordict.select(*self.critic.in_keys, strict=False))
+            valued = self._ask(tensordict.select(*self.critic.in_keys, strict=False))
         states = {key: valued.get(after(key)) for key in self.hidden}  # after each step
         written = valued.select(*(key for key in self.critic.out_keys if key in self.out_keys))
         with set_recurrent_mode(False):  # single steps, each with its own state
@@ -154,6 +160,18 @@ class Advantage(TensorDictModuleBase):
             tensordict.set(key, before.masked_fill(begins, 0))
         return tensordict.update(written)
 
+    def _ask(self, given: TensorDictBase) -> TensorDictBase:
+        """What the critic writes, some rows at a time: its layers' outputs may be far larger than the batch."""
+        first = int(reduce.has_seed_axis())
+        size = given.shape[first] * max(_ROWS, given.numel() // _PARTS) // max(1, given.numel())
+        in_time = (
+            bool(self.hidden) and given.ndim == first + 1
+        )  # a recurrent critic goes through it in one pass
+        if in_time or size >= given.shape[first]:
+            return self.critic(given).select(*self.critic.out_keys)
+        parts = given.split(max(1, size), first)
+        return torch.cat([self.critic(part).select(*self.critic.out_keys) for part in parts], first)
+
     def _next_values(
         self, batch: TensorDictBase, written: TensorDictBase, states: dict[NestedKey, Tensor]
     ) -> TensorDictBase:
@@ -173,9 +191,9 @@ class Advantage(TensorDictModuleBase):
         if on_host(end.device) and not reduce.has_seed_axis():  # reading costs nothing, and few rows are ends
             where = end.nonzero(as_tuple=True)
             ends = self._with_actions(following[where], batch[where] if self.reads_actions else batch)
-            shifted[where] = self.critic(ends).select(*values)
+            shifted[where] = self._ask(ends).select(*values)
             return shifted
-        asked = self.critic(self._with_actions(following.copy(), batch)).select(*values)
+        asked = self._ask(self._with_actions(following.copy(), batch)).select(*values)
         return shifted.apply(
             lambda s, a: torch.where(end.reshape(end.shape + (1,) * (s.ndim - end.ndim)), a, s), asked
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tensordict import TensorDict
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -29,6 +32,22 @@ def summary(monkeypatch: pytest.MonkeyPatch) -> Any:
     import simulate_summary
 
     return simulate_summary
+
+
+def written(tmp_path: Path, program: str, *arguments: str, out: str = "--out") -> dict[str, Any]:
+    """What a program writes into its file; it draws its picture beside it."""
+    file = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / program), *arguments, out, str(file)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(file.read_text())
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a benchmark's module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 def run(simulate: Any, *arguments: Any) -> int:
@@ -122,16 +141,6 @@ def test_exponents_of_growth(summary: Any) -> None:
     assert "exponent 1.00" in summary.text(found)
 
 
-def test_q_train_writes_its_figures(tmp_path: Path) -> None:
-    out = tmp_path / "q_train.json"
-    sizes = ["--setting", "small", "--num-envs", "4", "--timed", "2", "--rounds", "1", "--mode", "eager"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "q_train.py"), *sizes, "--out", str(out)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    result = json.loads(out.read_text())["results"]["small"]
-    assert {"collection_wall", "update_cpu", "total_wall"} <= result["tdmarl_is_faster_by"].keys()
-    assert result["settings"]["updates"] == 64 and result["update_over_bare"]["update_cpu"] > 0
-
-
 def test_happo_train_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "happo_train.json"
     sizes = ["--num-envs", "4", "--steps", "10", "--minibatch-size", "20", "--width", "8", "--rounds", "1"]
@@ -142,4 +151,111 @@ def test_happo_train_writes_its_figures(tmp_path: Path) -> None:
     assert list(results) == ["mappo unshared", "happo", "happo without factor", "haa2c", "hatrpo"]
     assert results["mappo unshared"]["times_the_first"]["cpu"] == 1 and written["settings"]["agents"] == 3
     for one in results.values():
-        assert one["seconds"]["cpu"] == pytest.approx(one["seconds"]["collect_cpu"] + one["seconds"]["learn_cpu"])
+        assert one["seconds"]["cpu"] == pytest.approx(
+            one["seconds"]["collect_cpu"] + one["seconds"]["learn_cpu"]
+        )
+
+
+HEAD = {"date", "commit", "machine", "settings"}
+
+
+def test_scale_writes_its_figures(tmp_path: Path) -> None:
+    sizes = "--num-envs 4 8 --steps 4 --minibatch-size 16 --rounds 1 --at 4 2 8".split()
+    found = written(tmp_path, "scale.py", "--algorithms", "mappo", "--axes", "num_envs", *sizes)
+    assert HEAD <= found.keys() and found["settings"]["mode"] == "eager"
+    (study,) = found["studies"]
+    assert study["failed"] == {} and [row["frames"] for row in study["sizes"]] == [16, 32]
+    assert study["exponents"].keys() == {"collect_seconds", "learn_seconds", "seconds", "peak"}
+    small, large = (row["memory"] for row in study["sizes"])
+    assert large["batch"] == 2 * small["batch"] and large["parameters"] == small["parameters"]
+    assert (
+        small["needed"] == small["batch"] + small["parameters"] + small["optimizer"]
+    )  # rows are the batch's
+    assert small["optimizer"] > 3 * (
+        small["parameters"] - 100
+    )  # two moments and a gradient for each parameter
+
+
+def test_growth_is_of_medians(benchmarks: Any) -> None:
+    def row(n: int) -> dict[str, Any]:
+        times = [
+            {"collect_seconds": 2.0 * n, "learn_seconds": 1.0 * n**2, "seconds": x * n} for x in (1, 3, 99)
+        ]
+        return {"width": n, "iterations": times, "memory": {"peak": 12 * n, "needed": 10 * n}}
+
+    rows = [row(n) for n in (1, 4, 8)]
+    powers = benchmarks("scale").growth(rows, "width")["exponents"]
+    assert powers == pytest.approx({"collect_seconds": 1, "learn_seconds": 2, "seconds": 1, "peak": 1})
+    assert rows[1]["seconds"] == 12 and rows[1]["peak_over_needed"] == pytest.approx(1.2)
+
+
+def test_bytes_are_counted_once(benchmarks: Any) -> None:
+    x = torch.zeros(3, 4)
+    assert (
+        benchmarks("scale_worker").nbytes([x, x[1], x.view(12), torch.zeros(2, dtype=torch.bool)]) == 48 + 2
+    )
+
+
+def test_a_simulator_moves_its_state_twice_and_a_batch_once(benchmarks: Any) -> None:
+    state = TensorDict({"pos": torch.zeros(5, 2)}, [5])  # 40 bytes
+    batch = TensorDict(
+        {"o": torch.zeros(5, 3, 4), "next": TensorDict({"done": torch.zeros(5, 3, 1).bool()}, [5, 3])}
+    )
+    assert benchmarks("roofline").moved(state, batch, 3) == 2 * 40 + (240 + 15) // 3
+
+
+def test_the_products_of_an_update_are_those_of_its_networks(benchmarks: Any) -> None:
+    """Four agents see 18 numbers and do 2 things. Each layer has a product forward, one for its weights' gradient and,
+    but for the first, one for its input's. The critic's first layer is asked once for all agents."""
+    roofline = benchmarks("roofline")
+    args = roofline.parse("--num-envs 4 --steps 2 --width 8".split())
+    rows, all_rows = 8, 32
+    actor = 2 * all_rows * (2 * 18 * 8 + 3 * 8 * 8 + 3 * 8 * 4)
+    critic = 2 * rows * 2 * 72 * 8 + 2 * all_rows * (3 * 8 * 8 + 3 * 8 * 1)
+    assert sum(product.operations for product in roofline.products_of("mappo", args)) == actor + critic
+    bare = roofline.Bare(roofline.products_of("mappo", args), "cpu")
+    bare()
+    assert len(bare._calls) == 16
+
+
+def test_roofline_writes_its_figures(tmp_path: Path) -> None:
+    sizes = (
+        "--num-envs 4 --steps 2 --width 8 --simulated-envs 4 8 --scenarios simple_spread --rounds 1".split()
+    )
+    found = written(tmp_path, "roofline.py", *sizes, "--simulation", "eager")
+    assert HEAD <= found.keys()
+    assert [one["algorithm"] for one in found["updates"]] == ["mappo", "qmix", "maddpg"]
+    assert [one["num_envs"] for one in found["simulators"]] == [4, 8]
+    for one in found["updates"]:
+        assert one["over_products"]["median"] > 0 and one["frames"] == 8
+
+
+def test_a_stopwatch_counts_each_part_alone(benchmarks: Any) -> None:
+    now = iter([0.0, 1.0, 4.0, 9.0])
+    watch = benchmarks("where_time_goes").Stopwatch(lambda: None, lambda: next(now))
+    watch.timed("outer", watch.timed("inner", lambda: None))()
+    assert watch.spent == {"inner": 3.0, "outer": 6.0}
+
+
+def test_where_time_goes_writes_its_figures(tmp_path: Path) -> None:
+    sizes = (
+        "--num-envs 4 --steps 4 --width 8 --epochs 1 --minibatch-size 8 --rounds 1 --simulation eager".split()
+    )
+    found = written(tmp_path, "where_time_goes.py", *sizes)
+    assert HEAD <= found.keys()
+    for one in found["iterations"]:
+        assert {"policy", "simulation", "resets", "forward", "backward", "optimizer"} <= one["parts"].keys()
+        assert sum(one["rounds"][0].values()) == pytest.approx(one["seconds"])
+
+
+@pytest.mark.parametrize("algorithm", ["mappo", "qmix", "maddpg"])
+def test_train_writes_its_figures(tmp_path: Path, algorithm: str) -> None:
+    """Beside TorchRL's loop; BenchMARL needs an environment of its own."""
+    sizes = "--num-envs 4 --max-steps 4 --minibatch-size 8 --updates 2 --hidden 8 --iterations 2 --episodes 2".split()
+    others = ["--contenders", "tdmarl", "torchrl", "--threads", "1"]
+    found = written(tmp_path, "train.py", "--algorithm", algorithm, *sizes, *others, out="--output")
+    (run,) = found["runs"]
+    assert HEAD <= run.keys() and run["failures"] == {} and run["ratios"]["torchrl"]["total"]["median"] > 0
+    ours, theirs = (run["contenders"][name] for name in ("tdmarl", "torchrl"))
+    assert sum(ours["about"]["parameters"].values()) == sum(theirs["about"]["parameters"].values())
+    assert [len(one["evaluations"]) for one in (ours, theirs)] == [2, 2]

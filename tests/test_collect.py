@@ -143,8 +143,12 @@ def test_an_environment_with_transforms_is_stepped_through_them_and_restored_wit
 
     def make(seed):
         base = tdmarl.VmasEnv("navigation", num_envs=4, max_steps=6, seed=seed, n_agents=3)
-        total = RewardSum(in_keys=[("agents", "reward")], out_keys=[("agents", "total")], reset_keys=["_reset"])
-        return TransformedEnv(TransformedEnv(base, total), VecNormV2(in_keys=[("agents", "observation")], decay=0.9))
+        total = RewardSum(
+            in_keys=[("agents", "reward")], out_keys=[("agents", "total")], reset_keys=["_reset"]
+        )
+        return TransformedEnv(
+            TransformedEnv(base, total), VecNormV2(in_keys=[("agents", "observation")], decay=0.9)
+        )
 
     env, other = make(0), make(1)
     actor = gaussian_actor(env)
@@ -165,3 +169,11 @@ def test_a_root_without_done_is_named():
     del env.done_spec["done"]
     with pytest.raises(ValueError, match="no root 'done'"):
         Collector(env, gaussian_actor(env), frames_per_batch=8)
+
+
+def test_a_long_batch_is_the_short_ones_in_a_row():
+    """Steps are written into the batch some at a time; 40 are more than are kept at once, and no multiple of that."""
+    (whole,) = collect(ToyEnv(horizon=7), frames_per_batch=160)[1]
+    parts = collect(ToyEnv(horizon=7), 4, frames_per_batch=40)[1]
+    assert whole.shape == (4, 40) and whole.names == parts[0].names
+    assert (torch.cat(parts, 1) == whole).all()

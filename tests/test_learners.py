@@ -138,3 +138,13 @@ def test_learner_leaves_the_batch_alone_and_names_what_is_missing():
         Learner(step, BatchBuffer())(batch.exclude("y"))
     with pytest.raises(ValueError, match="updates=None"):
         Learner(step, Replay(10, 2))
+
+
+def test_a_batch_is_let_go_of_once_it_is_learnt_from():
+    """Two would be in memory while the next one is collected."""
+    step, _ = line()
+    buffer = BatchBuffer(16)
+    Learner(step, buffer)(points())
+    assert len(buffer) == 0
+    with pytest.raises(RuntimeError, match="empty"):
+        buffer.sample()

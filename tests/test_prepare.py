@@ -72,6 +72,19 @@ def test_advantage_in_reward_units_with_value_normalization():
     assert td["g", "state_value"].flatten()[0].item() == pytest.approx(5.47196, abs=1e-5)
 
 
+def test_a_critic_is_asked_about_some_rows_at_a_time(monkeypatch):
+    """Two of four environments' five steps each: its layers' outputs would else be larger than the batch."""
+    whole = advantage(critic())(torch.cat([batch()] * 4))
+    monkeypatch.setattr("tdmarl.prepare._ROWS", 10)
+    monkeypatch.setattr("tdmarl.prepare._PARTS", 1000)
+    asked, careful = [], critic()
+    careful.register_forward_hook(lambda module, inputs, out: asked.append(out.numel()))
+    found = advantage(careful)(torch.cat([batch()] * 4))
+    assert asked[:2] == [10, 10]
+    for key in ("state_value", "advantage", "value_target"):
+        assert (found["g", key] == whole["g", key]).all()
+
+
 def test_the_way_without_host_reads_gives_the_same(monkeypatch):
     plain = advantage(critic())(batch())
     other = advantage(critic())

@@ -466,7 +466,7 @@ def test_updates_are_compiled_where_there_are_many_and_a_resumed_run_keeps_its_c
             "mode"
         ]
 
-    assert mode(total_frames=512 * 999) == "eager" and mode(total_frames=512 * 1000) == "compile"
+    assert mode(total_frames=512 * 799) == "eager" and mode(total_frames=512 * 800) == "compile"
     assert mode(total_frames=512 * 1000, mode="eager") == "eager"
     for name, arguments in (
         ("one", {"mode": "eager"}),
