@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from tdmarl.envs import tracing
-from tdmarl.envs.layout import environments_last, last
+from tdmarl.envs.layout import environments_last, is_wide
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
-# of its uses.
-_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 4, "size_asserts": False}
+# of its uses. Loops over few agents or coordinates are no vectors: masked loads and stores cost more than plain ones.
+_INDUCTOR = {
+    "fallback_random": True,
+    "realize_reads_threshold": 4,
+    "size_asserts": False,
+    "cpp.enable_loop_tail_vec": False,
+}
 
 
 class Part(NamedTuple):
@@ -29,13 +34,13 @@ class Function:
 
     Args:
         graph (GraphModule): from `trace`.
-        inputs (list of Tensor): examples.
+        inputs (list of Tensor): examples, in the order in memory that later inputs have.
         envs (int): number of environments.
         carry (set of int): outputs that are the inputs of the same place in the next call.
         mode (str): "trace" runs the graph as it is, "compile" compiles it, "cudagraph" also captures it.
         streams (context): where random numbers come from.
-        rows (pair of sets of int, optional): which inputs are, and which outputs become, contiguous; others have
-            environments last. None leaves the graph's order in memory as it is.
+        shown (set of int, optional): which outputs become as `rows` has them; others have environments last.
+            None leaves the graph's order in memory as it is.
         shared (set of int): inputs that are another captured function's own and are used where they are.
     """
 
@@ -47,7 +52,7 @@ class Function:
         carry: set[int],
         mode: str,
         streams: Any,
-        rows: tuple[set[int], set[int]] | None,
+        shown: set[int] | None,
         shared: set[int],
     ) -> None:
         outputs = list(range(tracing.outputs(graph)))
@@ -55,11 +60,11 @@ class Function:
         tracing.restrict(graph, self._used, outputs)
         self.draws = tracing.has_draws(graph)
         self._streams: Any = streams if self.draws else contextlib.nullcontext()
-        if rows is None:
-            inputs = [inputs[i] for i in self._used]
-        else:
-            inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
-            graph = environments_last(graph, inputs, envs, contiguous=rows[1])
+        inputs = [inputs[i] for i in self._used]
+        if shown is not None:
+            shapes = tracing.output_shapes(graph)
+            contiguous = {i for i in shown if is_wide(shapes[i], envs)}
+            graph = environments_last(graph, inputs, envs, contiguous)
         self.operations = tracing.operations(graph)
         self._call: Callable[..., Any] = graph
         if mode != "trace":
