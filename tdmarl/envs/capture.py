@@ -12,13 +12,10 @@ from tdmarl.envs import tracing
 from tdmarl.envs.layout import environments_last, is_wide
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
-# of its uses. Loops over few agents or coordinates are no vectors: masked loads and stores cost more than plain ones.
-_INDUCTOR = {
-    "fallback_random": True,
-    "realize_reads_threshold": 4,
-    "size_asserts": False,
-    "cpp.enable_loop_tail_vec": False,
-}
+# of its uses.
+_INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 4, "size_asserts": False}
+# Where environments are last, loops over few agents are no vectors: masked loads and stores cost more than plain ones.
+_ENVIRONMENTS_LAST = {"cpp.enable_loop_tail_vec": False}
 
 
 class Part(NamedTuple):
@@ -70,7 +67,8 @@ class Function:
         if mode != "trace":
             with torch.no_grad():
                 examples: list[Any] = list(inputs)
-                self._call = torch._inductor.compile(graph, examples, options=_INDUCTOR)
+                options = _INDUCTOR if shown is None else _INDUCTOR | _ENVIRONMENTS_LAST
+                self._call = torch._inductor.compile(graph, examples, options=options)
         self.graph, self._plain = graph, self._call
         if mode == "cudagraph":
             own = [i for i, place in enumerate(self._used) if place in shared]
