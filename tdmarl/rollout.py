@@ -148,15 +148,19 @@ class Act:
 
     def __call__(self, root: Leaves) -> Leaves:
         """What the policy writes."""
-        outputs = self._function([*self.parameters, *(root[key] for key in self._seen)])
+        outputs = self._function([*self.parameters, *self._given(root)])
         for place, value in zip(self.changed, outputs[len(self._written) :]):
             self.parameters[place].copy_(value)
         return dict(zip(self._written, outputs))
 
     def inside(self, parameters: list[Tensor], root: Leaves) -> tuple[Leaves, list[Tensor]]:
         """What the policy writes, and the parameters that it changes; to be captured."""
-        outputs = self._function.inside([*parameters, *(root[key] for key in self._seen)])
+        outputs = self._function.inside([*parameters, *self._given(root)])
         return dict(zip(self._written, outputs)), outputs[len(self._written) :]
+
+    def _given(self, root: Leaves) -> list[Tensor]:
+        """As it was recorded: compiled code does not look."""
+        return [root[key].contiguous() for key in self._seen]
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
         n, versions = len(self._names), [x._version for x in inputs]
@@ -318,12 +322,13 @@ class Rollout:
 
     def _combine(self, made: Any, step: Leaves, found: Any) -> tuple[Leaves, Leaves]:
         """What goes into the batch, and the next root."""
-        paths, rewards = made.recording.paths, made.recording.reward_paths
-        following = dict(zip(paths, found.following))
+        rewards = made.recording.reward_paths
+        shown = made.flat(found.shown)
+        following = dict(shown) if found.following is found.shown else made.flat(found.following)
         for key, reward, total, kept in zip(rewards, found.rewards, found.totals, found.sums):
             step["next", *key], step["next", *self._sums[key]] = reward, total
             following[self._sums[key]] = kept
-        for key, value in zip(paths, found.shown):
+        for key, value in shown.items():
             step["next", *key] = value
         done = step["next", "done"]
         for key in self._hidden:

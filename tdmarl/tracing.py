@@ -440,6 +440,12 @@ def outputs(graph: fx.GraphModule) -> int:
     return len(output.args[0])
 
 
+def output_shapes(graph: fx.GraphModule) -> list[torch.Size]:
+    """The shapes of the tensors that the graph returns."""
+    *_, output = graph.graph.nodes
+    return [node.meta["shape"] for node in output.args[0]]
+
+
 def operations(graph: fx.GraphModule) -> int:
     """How many nodes compute."""
     return sum(node.op == "call_function" for node in graph.graph.nodes)

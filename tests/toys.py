@@ -154,7 +154,8 @@ def record(run, count):
     def replay():
         run()
         for place, value in zip(static, outputs):
-            place.copy_(value)
+            if torch._debug_has_internal_overlap(place) != 1:  # else a view of another result, repeated
+                place.copy_(value)
         outputs[:] = static
         count[0] += 1
 

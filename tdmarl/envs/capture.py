@@ -10,11 +10,13 @@ from torch import Tensor, fx
 
 from tdmarl import tracing
 from tdmarl.cuda_graph import Captured
-from tdmarl.envs.layout import environments_last, last
+from tdmarl.envs.layout import environments_last, is_wide
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
 # of its uses.
 _INDUCTOR = {"fallback_random": True, "realize_reads_threshold": 4, "size_asserts": False}
+# Where environments are last, loops over few agents are no vectors: masked loads and stores cost more than plain ones.
+_ENVIRONMENTS_LAST = {"cpp.enable_loop_tail_vec": False}
 
 
 class Part(NamedTuple):
@@ -30,13 +32,13 @@ class Function:
 
     Args:
         graph (GraphModule): from `trace`.
-        inputs (list of Tensor): examples.
+        inputs (list of Tensor): examples, in the order in memory that later inputs have.
         envs (int): number of environments.
         carry (set of int): outputs that are the inputs of the same place in the next call.
         mode (str): "trace" runs the graph as it is, "compile" compiles it, "cudagraph" also captures it.
         streams (context): where random numbers come from.
-        rows (pair of sets of int, optional): which inputs are, and which outputs become, contiguous; others have
-            environments last. None leaves the graph's order in memory as it is.
+        shown (set of int, optional): which outputs become as `rows` has them; others have environments last.
+            None leaves the graph's order in memory as it is.
         shared (set of int): inputs that are another captured function's own and are used where they are.
     """
 
@@ -48,7 +50,7 @@ class Function:
         carry: set[int],
         mode: str,
         streams: Any,
-        rows: tuple[set[int], set[int]] | None,
+        shown: set[int] | None,
         shared: set[int],
     ) -> None:
         outputs = list(range(tracing.outputs(graph)))
@@ -56,17 +58,18 @@ class Function:
         tracing.restrict(graph, self._used, outputs)
         self.draws = tracing.has_draws(graph)
         self._streams: Any = streams if self.draws else contextlib.nullcontext()
-        if rows is None:
-            inputs = [inputs[i] for i in self._used]
-        else:
-            inputs = [inputs[i].contiguous() if i in rows[0] else last(inputs[i], envs) for i in self._used]
-            graph = environments_last(graph, inputs, envs, contiguous=rows[1])
+        inputs = [inputs[i] for i in self._used]
+        if shown is not None:
+            shapes = tracing.output_shapes(graph)
+            contiguous = {i for i in shown if is_wide(shapes[i], envs)}
+            graph = environments_last(graph, inputs, envs, contiguous)
         self.operations = tracing.operations(graph)
         self._call: Callable[..., Any] = graph
         if mode != "trace":
             with torch.no_grad():
                 examples: list[Any] = list(inputs)
-                self._call = torch._inductor.compile(graph, examples, options=_INDUCTOR)
+                options = _INDUCTOR if shown is None else _INDUCTOR | _ENVIRONMENTS_LAST
+                self._call = torch._inductor.compile(graph, examples, options=options)
         self.graph, self._plain = graph, self._call
         if mode == "cudagraph":
             own = [i for i, place in enumerate(self._used) if place in shared]

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from tdmarl import tracing
 from tdmarl.envs.functional import FunctionalVmas
-from tdmarl.envs.groups import Display
-from tdmarl.envs.layout import last
+from tdmarl.envs.groups import ENDS, Display
+from tdmarl.envs.layout import last, rows
 from tdmarl.envs.recording import Recording
 from tdmarl.envs.slots import python_values, walk
 
@@ -50,7 +50,7 @@ class _Running:
     ) -> None:
         if core.slots.changing:
             raise tracing.Untraceable(f"the Python value {core.slots.changing[0]} changes from step to step")
-        self._core, self._groups, self._check = core, display.groups, check
+        self._core, self._display, self._groups, self._check = core, display, display.groups, check
         self._envs, self._spare_resets, self._mode = core.simulation.envs, spare_resets, mode
         # On a CPU it is known when an environment has no spare left; elsewhere nobody asks.
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
@@ -79,13 +79,25 @@ class _Running:
         """Nested entries and rewards after a step with one action per group."""
         shown, (rewards, _, _) = self._advance(actions, self.recording.no_sums)
         nested = {group: {name: value} for (group, name), value in zip(self.recording.reward_paths, rewards)}
-        return pytree.tree_unflatten(shown, self.recording.shown), nested
+        return self.nest(shown), nested
 
     def reset(self, mask: Tensor, shown: TensorDict) -> dict[str, Any]:
         """Resets the environments where `mask` [E] is True; of the others the entries stay `shown`."""
-        shown_before = [shown.get(path).contiguous() for path in self.recording.paths]
+        shown_before = [rows(shown.get(path), self._envs) for path in self.recording.paths]
         leaves = self._restart(mask.contiguous(), shown_before)
-        return pytree.tree_unflatten(leaves, self.recording.shown)
+        return self.nest(leaves)
+
+    def nest(self, shown: list[Tensor]) -> dict[str, Any]:
+        """What is shown as nested entries, with each end for each agent."""
+        return self._display.with_ends(pytree.tree_unflatten(shown, self.recording.shown))
+
+    def flat(self, shown: list[Tensor]) -> dict[tuple[str, ...], Tensor]:
+        """The same by key; the agents' ends are views of the root's."""
+        found = dict(zip(self.recording.paths, shown))
+        for group in self._groups:
+            for end in ENDS:
+                found[group.name, end] = found[end,].unsqueeze(1).expand(-1, len(group.indices), 1)
+        return found
 
     def transition(self, entries: Any, sums: list[Tensor]) -> Transition:
         """A step, and the reset of what ended in it.
@@ -102,10 +114,11 @@ class _Running:
     def _actions(self, entries: Any) -> list[Tensor]:
         return [group.action(entries) for group in self._groups]
 
-    def _given(self, actions: list[Tensor]) -> list[Tensor]:
+    def _given(self, actions: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
         """As they were recorded: compiled code does not look."""
         groups = self._groups
-        return [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
+        own = [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
+        return own + [rows(total, self._envs) for total in sums]
 
     def _parts(self, outputs: list[Tensor], k: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """State, what is shown, and returns, if the actions were valid."""
@@ -117,7 +130,7 @@ class _Running:
         return outputs[:n], outputs[start : start + m], [returns[:k], returns[k : 2 * k], returns[2 * k :]]
 
     def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        outputs = self.recording.step(self._state() + self._given(actions) + sums)
+        outputs = self.recording.step(self._state() + self._given(actions, sums))
         state, shown, returns = self._parts(outputs, len(sums))
         self._hold(state)
         return shown, returns
@@ -239,7 +252,7 @@ class CompiledVmas(_Running):
         recording = self.recording
         n, m = len(state), recording.shown.num_leaves
         state, shown, (rewards, totals, sums) = self._parts(
-            recording.step(state + self._given(self._actions(entries)) + sums, inside=True), len(sums)
+            recording.step(state + self._given(self._actions(entries), sums), inside=True), len(sums)
         )
         mask = shown[self._done].squeeze(-1)
         *outputs, _ = recording.take.inside(state + shown + spares + [mask])

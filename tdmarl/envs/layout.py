@@ -8,6 +8,7 @@ and viewed back. Shapes and values stay; only the order in memory changes.
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -67,6 +68,19 @@ def last(x: Tensor, envs: int) -> Tensor:
     return x.contiguous() if place is None else x.movedim(place, -1).contiguous().movedim(-1, place)
 
 
+_WIDE = 16  # entries of an environment; fewer are no vector, and to bring them together costs more than a step's sums
+
+
+def is_wide(shape: torch.Size, envs: int) -> bool:
+    """Whether an environment has so many entries that compiled code stores them side by side at little cost."""
+    return shape.numel() >= _WIDE * envs
+
+
+def rows(x: Tensor, envs: int) -> Tensor:
+    """`x` as it is shown: contiguous if it is wide, else with environments last; copied if need be."""
+    return x.contiguous() if is_wide(x.shape, envs) else last(x, envs)
+
+
 def _place(shape: torch.Size, envs: int) -> int | None:
     """The environments' dimension."""
     return next((i for i, size in enumerate(shape) if size == envs), None)
@@ -107,7 +121,7 @@ class _Rewriter:
             if node.op == "placeholder":
                 values[node] = _Value(next(given), self.new.graph.placeholder(node.name))
             elif node.op == "get_attr":
-                constant = operator.attrgetter(node.target)(self.old)
+                constant = last(operator.attrgetter(node.target)(self.old), self.envs)
                 self.new.register_buffer(node.target, constant)
                 values[node] = _Value(constant, self.new.graph.get_attr(node.target))
             elif node.op == "call_function":
@@ -202,9 +216,24 @@ class _Rewriter:
                     a = self.emit(aten.unsqueeze.default, a, 0)
                 a = self.move(a, place, -1)
             moved.append(a)
-        if target is aten.clone.default:
-            kwargs["memory_format"] = torch.contiguous_format
-        return self.move(self.emit(target, *moved, **kwargs), -1, place)
+        if target in _COPIES:
+            if target is aten.clone.default:
+                kwargs["memory_format"] = torch.contiguous_format
+            return self.move(self.emit(target, *moved, **kwargs), -1, place)
+        size = [*shape[:place], *shape[place + 1 :], shape[place]]
+        repeated = [i for i in range(rank) if size[i] > 1 and all(map(partial(_is_repeated, i), moved))]
+        if repeated:  # computed once
+            moved = [self.first(a, repeated) for a in moved]
+        found = self.emit(target, *moved, **kwargs)
+        return self.move(self.emit(aten.expand.default, found, size) if repeated else found, -1, place)
+
+    def first(self, x: Any, dims: list[int]) -> Any:
+        """One entry along some dimensions, which stay."""
+        if isinstance(x, _Value) and x.ndim:
+            for dim in dims:
+                if x.shape[dim] > 1:
+                    x = self.emit(aten.slice.Tensor, x, dim, 0, 1)
+        return x
 
     def join(self, target: Any, tensors: list[_Value], dim: int = 0) -> Any:
         """`cat` and `stack`."""
@@ -238,6 +267,11 @@ class _Rewriter:
         result = self.emit(target, *changed, **kwargs)
         results = [self.move(y, -1, place if y.ndim == x.ndim else after) for y in _listed(result)]
         return results if isinstance(result, list) else results[0]
+
+
+def _is_repeated(dim: int, x: Any) -> bool:
+    """Whether an operand is the same all along a dimension."""
+    return not (isinstance(x, _Value) and x.ndim) or x.shape[dim] == 1 or x.tensor.stride(dim) == 0
 
 
 def _listed(result: Any) -> list[_Value]:

@@ -29,7 +29,7 @@ from tdmarl import tracing
 from tdmarl.envs.capture import Function, Part
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display
-from tdmarl.envs.layout import last
+from tdmarl.envs.layout import last, rows
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
 # A picture needs these, whatever agents observe.
@@ -69,7 +69,7 @@ class _Recorder:
         return agents, valid
 
     def _entries(self, out: Any, sums: tuple[Tensor, ...] = ()) -> list[Tensor]:
-        entries = self._display.with_ends(self._display(out, self._core.simulation.steps))
+        entries = self._display(out, self._core.simulation.steps)
         shown, self.shown = pytree.tree_flatten(entries)
         self.paths = [_keys(path) for path, _ in pytree.tree_flatten_with_path(entries)[0]]
         if not out.reward:
@@ -92,13 +92,13 @@ class _Recorder:
         graph: fx.GraphModule,
         inputs: list[Tensor],
         carry: set[int],
-        rows: tuple[set[int], set[int]],
+        shown: set[int],
         own: set[int],
         seconds: float,
     ) -> Function:
         streams = self._core.streams
         function, compiling = _timed(
-            lambda: Function(graph, inputs, self._envs, carry, self._mode, streams, rows, own)
+            lambda: Function(graph, inputs, self._envs, carry, self._mode, streams, shown, own)
         )
         self.report[name] = Part(function.operations, seconds, compiling)
         return function
@@ -116,16 +116,16 @@ class _Resets(_Recorder):
         n, m, device = len(state), self.shown.num_leaves, self._core.simulation.device
         with torch.no_grad():
             drawn = [last(x, self._envs) for x in self._draw_graph(*state)]
-        shown, mask = (
-            drawn[len(self._reset_places) :],
-            torch.zeros(self._envs, dtype=torch.bool, device=device),
-        )
+        shown = [rows(x, self._envs) for x in drawn[len(self._reset_places) :]]
+        mask = torch.zeros(self._envs, dtype=torch.bool, device=device)
         carried = set(range(n, n + m))
         self.empty: list[Tensor] = []
         if not spares:
             graph, traced = _timed(lambda: tracing.trace(self._renew, state + shown + [mask]))
-            rows, own = (carried, carried), set(range(n))
-            self.renew = self._make("renew", graph, state + shown + [mask], own, rows, own, seconds + traced)
+            own = set(range(n))
+            self.renew = self._make(
+                "renew", graph, state + shown + [mask], own, carried, own, seconds + traced
+            )
             return
         counters = [torch.zeros_like(mask, dtype=torch.int64), mask.clone(), mask.any()]
         self.empty = [*counters, *drawn, *(x.clone() for x in drawn)]
@@ -136,7 +136,7 @@ class _Resets(_Recorder):
             graph,
             self.empty + state,
             set(range(k)),
-            (set(), set()),
+            set(),
             set(range(k, k + n)),
             seconds + traced,
         )
@@ -144,9 +144,7 @@ class _Resets(_Recorder):
         self.statics = state, ahead
         graph, traced = _timed(lambda: tracing.trace(self._take, state + shown + ahead + [mask]))
         carry, own = {*range(n), *range(n + m, n + m + 3)}, {*range(n), *range(n + m, n + m + k)}
-        self.take = self._make(
-            "take", graph, state + shown + ahead + [mask], carry, (carried, carried), own, traced
-        )
+        self.take = self._make("take", graph, state + shown + ahead + [mask], carry, carried, own, traced)
 
     def _renew(self, *leaves: Tensor) -> list[Tensor]:
         state, mask = leaves[: len(self.names)], leaves[-1]
@@ -208,7 +206,7 @@ class Recording(_Resets):
         self._all, values = list(state), list(state.values())
         actions = [group.actions.random(self._envs) for group in display.groups]
         self.no_sums = [
-            torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device)
+            rows(torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device), self._envs)
             for group in display.groups
         ]
         moves, seconds = self._trace_moves(values, actions)
@@ -289,10 +287,9 @@ class Recording(_Resets):
             others = tracing.outputs(graph) - old
             acts, rest = range(old, old + len(given)), range(old, old + others)
             tracing.restrict(graph, [*live, *acts], [*live, *rest])
-            rows = set(range(n, n + len(given))), set(range(n, n + others))
-            own = set(range(n)) if self._moves else set()
+            shown, own = set(range(n, n + others)), set(range(n)) if self._moves else set()
             self._moves[name] = self._make(
-                name, graph, values + given, set(range(n)), rows, own, seconds[name]
+                name, graph, values + given, set(range(n)), shown, own, seconds[name]
             )
             values = self._moves[name].own(values + given)[:n]
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
@@ -171,7 +170,7 @@ class _Saved(_Compiled):
     def go_on_from(self, shown: list[Tensor]) -> None:
         """Takes what the last of `transitions` showed for this environment's present."""
         assert self._compiled is not None
-        self._last = self._tensordict(pytree.tree_unflatten(shown, self._compiled.recording.shown))
+        self._last = self._tensordict(self._compiled.nest(shown))
 
     def _say_if_short(self) -> None:
         if self._compiled is not None and self._compiled.ran_short:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdmarl.envs.layout import environments_last, last
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdmarl.envs.layout import environments_last, is_wide, last, rows
 from tdmarl.tracing import trace
 
 E = 7
@@ -101,6 +103,48 @@ def test_writes_into_parts_stay() -> None:
     laid = environments_last(trace(function, given), [last(x, E) for x in given], E, set())
     (found,) = laid(*[last(x, E) for x in given])
     assert torch.equal(found, function(*given)[0]) and is_last(found)
+
+
+@pytest.mark.parametrize(
+    "function, entries",
+    [
+        (lambda a, b: torch.cos(a[:, None].expand(-1, 3, -1)), 2 * E),
+        (lambda a, b: torch.cos(a[:1].expand(E, -1)), 2),
+        (lambda a, b: torch.cos((a[:, None] + 1).expand(-1, 3, -1)).exp() + b, 2 * E),
+        (lambda a, b: torch.cos(a[:, None] + b), 6 * E),
+    ],
+)
+def test_what_is_computed_of_repetitions_is_computed_once(
+    function: Callable[..., Tensor], entries: int
+) -> None:
+    given = [torch.randn(E, 2), torch.randn(E, 3, 2)]
+    laid = environments_last(trace(lambda *x: [function(*x)], given), [last(x, E) for x in given], E, set())
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.cos.default:
+                counted.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        (found,) = laid(*[last(x, E) for x in given])
+    assert counted == [entries]
+    assert torch.equal(found, function(*given)) and is_last(found)
+
+
+def test_constants_have_environments_last_too() -> None:
+    table = torch.randn(E, 300)  # too large to be computed ahead
+    graph = trace(lambda x: [x[:, :1] + table], [torch.randn(E, 2)])
+    laid = environments_last(graph, [last(torch.randn(E, 2), E)], E, set())
+    assert [is_last(constant) for constant in laid.buffers()] == [True]
+
+
+def test_rows_of_many_entries_are_contiguous() -> None:
+    few, many = torch.randn(E, 3, 5), torch.randn(E, 4, 4)
+    assert not is_wide(few.shape, E) and is_last(rows(few, E))
+    assert is_wide(many.shape, E) and rows(last(many, E), E).is_contiguous()
+    assert torch.equal(rows(few, E), few) and torch.equal(rows(last(many, E), E), many)
 
 
 def test_draws_are_those_of_pytorch() -> None:
