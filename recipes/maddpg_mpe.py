@@ -37,7 +37,7 @@ class MPEOptions(DeterministicOptions):
     """Frames between two rounds of updates; a multiple of --num-envs."""
     total_frames: int = 500_000
     """Frames of the whole run, those before a resume included."""
-    num_updates: int = 24
+    num_updates: int = 40
     """Optimization steps after each batch."""
     critic_lr: float = 2e-3
     """Learning rate of the critics."""
