@@ -81,9 +81,7 @@ class Stepper:
         step = self.env.step(step)
         after = step.get("next")
         done = after.get("done")
-        if hasattr(
-            type(self.env), "reset_done"
-        ):  # a TransformedEnv would pass its base's on, past the transforms
+        if hasattr(type(self.env), "reset_done"):  # a TransformedEnv would pass its base's on, past the transforms
             following = self.env.reset_done(after)
         else:
             following = self.env.maybe_reset(after.select(*self._shown, strict=False))
@@ -148,9 +146,7 @@ _live: weakref.WeakSet[Collector] = weakref.WeakSet()
 
 def is_held(env: EnvBase) -> bool:
     """Whether a live collector has more to collect from episodes of this environment that are under way."""
-    return any(
-        _base(c.env) is _base(env) and c._root is not None and not c.closed and not c.finished for c in _live
-    )
+    return any(_base(c.env) is _base(env) and c._root is not None and not c.closed and not c.finished for c in _live)
 
 
 def _base(env: EnvBase) -> EnvBase:
@@ -163,12 +159,8 @@ def env_state(env: EnvBase) -> dict[str, Any] | None:
     """All that an environment's future depends on, or None where it cannot say; transforms included."""
     if isinstance(env, TransformedEnv):
         base = env_state(env.base_env)
-        return (
-            None if base is None else {"base": base, "transform": copy.deepcopy(env.transform.state_dict())}
-        )
-    if (
-        type(env).state_dict is EnvBase.state_dict
-    ):  # that of any module: parameters and buffers, not the world
+        return None if base is None else {"base": base, "transform": copy.deepcopy(env.transform.state_dict())}
+    if type(env).state_dict is EnvBase.state_dict:  # that of any module: parameters and buffers, not the world
         return None
     return dict(copy.deepcopy(env.state_dict())) or None
 
@@ -281,9 +273,7 @@ class Collector(BaseCollector):
         acts = [self._frames + t * n_envs >= self.init_random_frames for t in range(self.steps)]
         with seeds.routed(self.generator), set_exploration_type(ExplorationType.RANDOM):
             fused = self._fused if self._fused.is_possible() else None
-            batch, self._root = (
-                self._one_by_one(root, acts) if fused is None else fused(root, self._random, acts)
-            )
+            batch, self._root = self._one_by_one(root, acts) if fused is None else fused(root, self._random, acts)
         self._frames += self.frames_per_batch
         self._iter += 1
         return batch.refine_names(..., "time")

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tdmarl import tracing
 from tdmarl.cuda_graph import Captured
 from tdmarl.fast_tanh import replace_tanh
-from tdmarl.frozen import frozen
+from tdmarl.frozen import frozen, plain
 from tdmarl.keys import Key, as_tuple
 
 if TYPE_CHECKING:
@@ -253,6 +253,8 @@ class CompiledStep:
             devices = [batch.device] if batch.device is not None and batch.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # recording is no draw
                 self._functions[key] = _Function(step, due, batch, list(leaves), self.mode)
+            if _frozen(step) != self._frozen_at:
+                raise tracing.Untraceable("its Python changes from step to step")
             self.operations = self._functions[key].operations
         return self._functions[key]
 
@@ -260,8 +262,13 @@ class CompiledStep:
 def _frozen(step: Step) -> list[Any]:
     """What of a step is fixed in its functions: see `frozen`; the optimizers' numbers and where their tensors are."""
     modules: list[Any] = [part.loss for part in step.parts]
-    modules += [step.after] if isinstance(step.after, nn.Module) else []
-    found: list[Any] = [frozen(module, live=True) for module in modules]
+    found: list[Any] = []
+    if isinstance(step.after, nn.Module):
+        modules.append(step.after)
+    elif step.after is not None:  # such as the method of one of TorchRL's updaters, which may count
+        owner = getattr(step.after, "__self__", step.after)
+        found += [id(step.after), plain(step.after, live=True), plain(getattr(owner, "__dict__", {}), live=True)]
+    found += [frozen(module, live=True) for module in modules]
     for part in step.parts:
         for group in part.optim.param_groups:
             fixed = {name: value for name, value in group.items() if name not in ("params", "lr")}

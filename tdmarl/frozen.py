@@ -53,6 +53,11 @@ def frozen(module: nn.Module, live: bool = False) -> Any:
     return found
 
 
+def plain(value: Any, live: bool = False) -> Any:
+    """A value as something that is equal exactly if the value is; see `frozen`."""
+    return _plain(value, 0, live)
+
+
 _OWN = "_parameters", "_buffers", "_modules"
 
 

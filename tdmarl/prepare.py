@@ -56,10 +56,7 @@ def generalized_advantage(
     return advantage, advantage + value
 
 
-_ROWS, _PARTS = (
-    8_192,
-    64,
-)  # a critic is asked about so many rows at least, and of a batch in so many parts at most
+_ROWS, _PARTS = 8_192, 64  # a critic is asked about so many rows at least, and of a batch in so many parts at most
 
 
 def on_host(device: torch.device) -> bool:
@@ -164,9 +161,7 @@ class Advantage(TensorDictModuleBase):
         """What the critic writes, some rows at a time: its layers' outputs may be far larger than the batch."""
         first = int(reduce.has_seed_axis())
         size = given.shape[first] * max(_ROWS, given.numel() // _PARTS) // max(1, given.numel())
-        in_time = (
-            bool(self.hidden) and given.ndim == first + 1
-        )  # a recurrent critic goes through it in one pass
+        in_time = bool(self.hidden) and given.ndim == first + 1  # a recurrent critic goes through it in one pass
         if in_time or size >= given.shape[first]:
             return self.critic(given).select(*self.critic.out_keys)
         parts = given.split(max(1, size), first)

@@ -266,6 +266,52 @@ def test_what_cannot_be_recorded_warns_once_and_runs_as_it_is(make, optim, reaso
     assert torch.equal(weights(step), weights(plain)) and take.reason is not None
 
 
+def test_what_follows_a_step_must_be_tensors_alone():
+    """A list that grows and a count in Python are not; a target that follows is recorded."""
+
+    class Delayed(Line):
+        def __init__(self):
+            super().__init__()
+            self.target = nn.Parameter(self.w.detach().clone(), requires_grad=False)
+
+    seen = []
+    loss = Line()
+    step = Step([Part(loss, adam([*loss.parameters()], 0.1))], after=lambda: seen.append(1))
+    take = CompiledStep(step, "trace")
+    with pytest.warns(UserWarning, match="changes from step to step"):
+        take(rows())
+    count = len(seen)
+    take(rows())
+    assert len(seen) == count + 1
+
+    class Counter:
+        n = 0
+
+        def step(self):
+            self.n += 1
+
+    counter = Counter()
+    take = CompiledStep(Step([Part(loss, adam([*loss.parameters()], 0.1))], after=counter.step), "trace")
+    with pytest.warns(UserWarning, match="changes from step to step"):
+        take(rows())
+
+    delayed = Delayed()
+
+    def follow():
+        with torch.no_grad():
+            delayed.target.lerp_(delayed.w, 0.5)
+
+    step = Step([Part(delayed, adam([delayed.w, delayed.b], 0.1))], after=follow)
+    take = CompiledStep(step, "trace")
+    before = delayed.target.clone()
+    for i in range(2):
+        expected = before
+        take(rows(i))
+        before = delayed.target.clone()
+        torch.testing.assert_close(before, (expected + delayed.w.detach()) / 2)
+    assert take.reason is None
+
+
 def test_a_learning_rate_that_is_a_number_and_falls_is_named():
     _, step, take = pair(lambda loss: torch.optim.SGD(loss.parameters(), 0.1))
     with pytest.warns(UserWarning, match="must be a tensor"):
