@@ -141,12 +141,21 @@ class _Function:
         self._found = everything[len(keys) :]
         self._call: Callable[..., Any] = graph
         if mode != "trace":
-            if all(x.device.type == "cpu" for x in copies):
-                replace_tanh(graph)
-            with torch.no_grad():
-                self._call = torch._inductor.compile(graph, list(copies), options=_INDUCTOR)
+            try:
+                self._compile(graph, everything, copies, mode)
+            except Exception as error:  # whatever the compiler comes upon, such as that there is none for C++
+                first = str(error).strip().partition("\n")[0]
+                raise tracing.Untraceable(f"compiling failed: {type(error).__name__}: {first}") from error
+
+    def _compile(
+        self, graph: fx.GraphModule, everything: list[Tensor], copies: list[Tensor], mode: str
+    ) -> None:
+        if all(x.device.type == "cpu" for x in copies):
+            replace_tanh(graph)
+        with torch.no_grad():
+            self._call = torch._inductor.compile(graph, list(copies), options=_INDUCTOR)
         if mode == "cudagraph":
-            own = list(range(len(keys), len(everything)))
+            own = list(range(len(self._keys), len(everything)))
             self._call = Captured(self._call, everything, own, [])
 
     def _recorded(

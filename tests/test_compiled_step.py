@@ -312,6 +312,18 @@ def test_what_follows_a_step_must_be_tensors_alone():
     assert take.reason is None
 
 
+def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    plain, step, take = pair(lambda loss: adam([*loss.parameters()], 0.1), "compile")
+    monkeypatch.setattr(torch._inductor, "compile", missing)
+    with pytest.warns(UserWarning, match=r"compiling failed: RuntimeError: No working C\+\+ compiler found\."):
+        take(rows())
+    plain(rows())
+    assert torch.equal(weights(step), weights(plain))
+
+
 def test_a_learning_rate_that_is_a_number_and_falls_is_named():
     _, step, take = pair(lambda loss: torch.optim.SGD(loss.parameters(), 0.1))
     with pytest.warns(UserWarning, match="must be a tensor"):
