@@ -16,7 +16,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
-from tdmarl.distributions import BoxedNormal, ClippedNormal, MaskedCategorical, TanhNormal, choices
+from tdmarl.distributions import BoxedNormal, ClippedNormal, MaskedCategorical, TanhNormal, choices, dimensions_first
 from tdmarl.keys import Group, team
 from tdmarl.nets import Sharing, Views, alone
 from tdmarl.recurrent import Recurrent, agent_net, as_module
@@ -55,17 +55,30 @@ class GaussianHead(nn.Module):
         self.net, self.kind, self.min_std = net, kind, min_std
         self.low: Tensor
         self.high: Tensor
-        self.register_buffer("low", spec.space.low.clone(), persistent=False)
-        self.register_buffer("high", spec.space.high.clone(), persistent=False)
+        box = spec.space.low, spec.space.high
+        if box[0].device.type != "meta" and all(bool((bound == bound[:1]).all()) for bound in box):
+            box = box[0][:1], box[1][:1]  # then loops run along all agents' rows at once
+        self.register_buffer("low", box[0].clone(), persistent=False)
+        self.register_buffer("high", box[1].clone(), persistent=False)
         self.shift = math.log(math.expm1(init_std - min_std))  # softplus(shift) + min_std == init_std
         free = std == "free"
-        self.raw_std = nn.Parameter(torch.zeros_like(self.low)) if free else None  # [n, a]
-        self.rows = [{"low": i, "high": i} | ({"raw_std": i} if free else {}) for i in range(len(self.low))]
+        shape, device = spec.shape, spec.device
+        self.raw_std = nn.Parameter(torch.zeros(shape, device=device)) if free else None  # [n, a]
+        last = len(self.low) - 1
+        self.rows = [
+            {"low": min(i, last), "high": min(i, last)} | ({"raw_std": i} if free else {}) for i in range(shape[0])
+        ]
 
     def forward(self, observation: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
         out, *states = self.net(observation, *memory) if memory else (self.net(observation),)
-        loc, raw = out.chunk(2, -1) if self.raw_std is None else (out, self.raw_std.expand(out.shape))
-        return (loc, F.softplus(raw + self.shift) + self.min_std, *states)
+        (out,) = dimensions_first(out)
+        if self.raw_std is None:
+            loc, raw = out.chunk(2)
+        else:
+            loc, raw = dimensions_first(out.movedim(0, -1), self.raw_std)
+            raw = raw.expand(loc.shape)
+        scale = F.softplus(raw + self.shift) + self.min_std
+        return (loc.movedim(0, -1), scale.movedim(0, -1), *states)
 
     def distribution(self, loc: Tensor, scale: Tensor) -> Distribution:
         """The policy's distribution, what a ``ProbabilisticActor`` calls."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions.kl import register_kl
-from torch.nn import functional as F
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 
 # Gauss-Hermite nodes and weights for the standard normal, probabilists' convention, the positive half of ten. The
@@ -36,8 +35,39 @@ def one_hot(index: Tensor, count: int) -> Tensor:
     return (index.unsqueeze(-1) == torch.arange(count, device=index.device)).to(torch.int64)
 
 
+def dimensions_first(*tensors: Tensor) -> list[Tensor]:
+    """Tensors ``[*B, n, a]`` as views ``[a, *B, n]``, fewer batch dimensions filled up, so that they still broadcast.
+
+    There are few dimensions to an action and many rows: a loop that runs along the rows makes use of a processor's
+    vectors, one along two or three dimensions does not.
+
+    Example:
+        >>> [tuple(x.shape) for x in dimensions_first(torch.zeros(7, 3, 2), torch.zeros(3, 2))]
+        [(2, 7, 3), (2, 1, 3)]
+    """
+    ndim = max(x.ndim for x in tensors)
+    return [x.movedim(-1, 0)[(slice(None), *[None] * (ndim - x.ndim))] for x in tensors]
+
+
+def _normal_log_prob(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    return -0.5 * ((x - loc) / scale).square() - scale.log() - 0.5 * math.log(2 * math.pi)
+
+
+def _normal_entropy(scale: Tensor) -> Tensor:
+    return scale.log() + 0.5 * (1 + math.log(2 * math.pi))
+
+
+def log_slope(x: Tensor) -> Tensor:
+    """``log(1 - tanh(x)^2)`` without cancellation, with one exponential in it and in its derivative."""
+    size = x.abs()
+    return 2 * (math.log(2) - size - (-2 * size).exp().log1p())
+
+
 class BoxedNormal(Distribution):
-    """An independent normal per action dimension of a box; dimensions with ``low == high`` are padding."""
+    """An independent normal per action dimension of a box; dimensions with ``low == high`` are padding.
+
+    A box that is the same for all agents may have ``n = 1``.
+    """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = True
@@ -51,14 +81,10 @@ class BoxedNormal(Distribution):
         shape = torch.Size(sample_shape) + self.loc.shape
         return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
-    def _normal_log_prob(self, x: Tensor) -> Tensor:
-        return -0.5 * ((x - self.loc) / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
-
-    def _normal_entropy(self) -> Tensor:
-        return self.scale.log() + 0.5 * (1 + math.log(2 * math.pi))
-
     def _sum(self, x: Tensor) -> Tensor:
-        return x.masked_fill(~self.real, 0).sum(-1)
+        """Over the dimensions that are no padding, of ``[a, *B, n]``."""
+        real, _ = dimensions_first(self.real, x[0].unsqueeze(-1))
+        return x.masked_fill(~real, 0).sum(0)
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -79,8 +105,8 @@ class ClippedNormal(BoxedNormal):
     Args:
         loc (Tensor): ``[*B, n, a]``.
         scale (Tensor): ``[*B, n, a]``, positive.
-        low (Tensor): ``[n, a]``.
-        high (Tensor): ``[n, a]``. Where it equals ``low`` the dimension is padding: no part in log-probability or
+        low (Tensor): ``[n, a]``, or ``[1, a]`` for all agents.
+        high (Tensor): as ``low``. Where it equals ``low`` the dimension is padding: no part in log-probability or
             entropy, and always ``low``.
     """
 
@@ -88,10 +114,10 @@ class ClippedNormal(BoxedNormal):
         return torch.where(self.real, self._noise(sample_shape), self.low)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self._sum(self._normal_log_prob(value))
+        return self._sum(_normal_log_prob(*dimensions_first(value, self.loc, self.scale)))
 
     def entropy(self) -> Tensor:
-        return self._sum(self._normal_entropy())
+        return self._sum(_normal_entropy(*dimensions_first(self.scale)))
 
     @property
     def mode(self) -> Tensor:
@@ -121,25 +147,19 @@ class TanhNormal(BoxedNormal):
         y = x.tanh().clamp(-self.limit, self.limit)
         return torch.where(self.real, (self.high + self.low) / 2 + self._half() * y, self.low)
 
-    @staticmethod
-    def _log_slope(x: Tensor) -> Tensor:
-        """``log(1 - tanh(x)^2)`` without cancellation."""
-        return 2 * (math.log(2) - x - F.softplus(-2 * x))
-
     def log_prob(self, value: Tensor) -> Tensor:
-        half = self._half()
-        y = ((value - (self.high + self.low) / 2) / half).clamp(-self.limit, self.limit)
-        x = torch.atanh(y)
-        return self._sum(self._normal_log_prob(x) - self._log_slope(x) - half.log())
+        mid = (self.high + self.low) / 2
+        value, loc, scale, mid, half = dimensions_first(value, self.loc, self.scale, mid, self._half())
+        x = torch.atanh(((value - mid) / half).clamp(-self.limit, self.limit))
+        return self._sum(_normal_log_prob(x, loc, scale) - log_slope(x) - half.log())
 
     def entropy(self) -> Tensor:
-        correction = torch.zeros_like(self.loc)
+        loc, scale, half = dimensions_first(self.loc, self.scale, self._half())
+        correction = torch.zeros_like(loc)
         for node, weight in zip(_NODES, _WEIGHTS):
-            step = node * self.scale
-            correction = correction + weight * (
-                self._log_slope(self.loc + step) + self._log_slope(self.loc - step)
-            )
-        return self._sum(self._normal_entropy() + correction + self._half().log())
+            step = node * scale
+            correction = correction + weight * (log_slope(loc + step) + log_slope(loc - step))
+        return self._sum(_normal_entropy(scale) + correction + half.log())
 
     @property
     def mode(self) -> Tensor:
@@ -222,7 +242,8 @@ class MaskedCategorical(Distribution):
 @register_kl(TanhNormal, TanhNormal)
 def _kl_of_boxes(p: BoxedNormal, q: BoxedNormal) -> Tensor:
     """That of the normals: one map squashes both, and the environment clips both."""
-    ratio, shift = p.scale / q.scale, (p.loc - q.loc) / q.scale
+    loc, scale, other_loc, other_scale = dimensions_first(p.loc, p.scale, q.loc, q.scale)
+    ratio, shift = scale / other_scale, (loc - other_loc) / other_scale
     return p._sum(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
 
 

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
     {"keys", "reduce", "seeds", "gru", "distributions", "tracing"},
-    {"cuda_graph", "frozen", "fast_tanh"},
+    {"cuda_graph", "frozen", "fast_tanh", "narrow"},
     {"nets"},
     {"recurrent"},
     {"actors"},
@@ -77,6 +77,7 @@ NO_ENVIRONMENTS = {
     "cuda_graph",
     "frozen",
     "fast_tanh",
+    "narrow",
     "trust",
     "learners",
     "algorithms",

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import torch
+
+from tdmarl import tracing
+from tdmarl.narrow import turn_narrow_products
+
+aten = torch.ops.aten
+
+
+def _products(graph):
+    return [node for node in graph.graph.nodes if node.target in (aten.mm.default, aten.bmm.default)]
+
+
+def test_rows_come_to_lie_last_and_numbers_stay():
+    x, w, bias = torch.randn(100, 7), torch.randn(7, 3), torch.randn(3)
+    stacked, weights = torch.randn(2, 100, 7), torch.randn(2, 7, 1)
+
+    def function(x, w, bias, stacked, weights):
+        return [torch.addmm(bias, x, w), x @ w, stacked @ weights, torch.baddbmm(bias[:1], stacked, weights)]
+
+    inputs = [x, w, bias, stacked, weights]
+    graph = tracing.trace(function, inputs)
+    turn_narrow_products(graph)
+    assert [tuple(node.meta["shape"]) for node in _products(graph)] == [(3, 100)] * 2 + [(2, 1, 100)] * 2
+    found, expected = graph(*inputs), function(*inputs)
+    for ours, plain in zip(found, expected):
+        torch.testing.assert_close(ours, plain)
+    assert found[0].stride() == (1, 100)  # one row after the other lies side by side
+
+
+def test_wide_products_few_rows_and_scaled_sums_stay_as_they_are():
+    x, few, w, wide, bias = (
+        torch.randn(100, 7),
+        torch.randn(5, 7),
+        torch.randn(7, 3),
+        torch.randn(7, 40),
+        torch.randn(3),
+    )
+
+    def function(x, few, w, wide, bias):
+        return [x @ wide, few @ w, torch.addmm(bias, x, w, beta=2)]
+
+    inputs = [x, few, w, wide, bias]
+    graph = tracing.trace(function, inputs)
+    before = [node.target for node in graph.graph.nodes]
+    turn_narrow_products(graph)
+    assert [node.target for node in graph.graph.nodes] == before
