@@ -16,7 +16,7 @@ from tdmarl.cuda_graph import Captured
 from tdmarl.fast_tanh import replace_tanh
 from tdmarl.frozen import frozen, plain
 from tdmarl.keys import Key, as_tuple
-from tdmarl.narrow import turn_narrow_products
+from tdmarl.cpu_loops import sum_by_products, turn_narrow_products
 
 if TYPE_CHECKING:
     from tdmarl.step import Step
@@ -154,6 +154,7 @@ class _Function:
         if all(x.device.type == "cpu" for x in copies):
             replace_tanh(graph)
             turn_narrow_products(graph)
+            sum_by_products(graph)
         with torch.no_grad():
             self._call = torch._inductor.compile(graph, list(copies), options=_INDUCTOR)
         if mode == "cudagraph":

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
     {"keys", "reduce", "seeds", "gru", "distributions", "tracing"},
-    {"cuda_graph", "frozen", "fast_tanh", "narrow"},
+    {"cuda_graph", "frozen", "fast_tanh", "cpu_loops"},
     {"nets"},
     {"recurrent"},
     {"actors"},
@@ -77,7 +77,7 @@ NO_ENVIRONMENTS = {
     "cuda_graph",
     "frozen",
     "fast_tanh",
-    "narrow",
+    "cpu_loops",
     "trust",
     "learners",
     "algorithms",

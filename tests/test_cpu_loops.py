@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from tdmarl import tracing
-from tdmarl.narrow import turn_narrow_products
+from tdmarl.cpu_loops import sum_by_products, turn_narrow_products
 
 aten = torch.ops.aten
 
@@ -46,3 +46,19 @@ def test_wide_products_few_rows_and_scaled_sums_stay_as_they_are():
     before = [node.target for node in graph.graph.nodes]
     turn_narrow_products(graph)
     assert [node.target for node in graph.graph.nodes] == before
+
+
+def test_columns_of_tall_matrices_are_summed_by_products():
+    x, low, ints = torch.randn(100, 40), torch.randn(20, 40), torch.ones(100, 40, dtype=torch.int64)
+    stack = torch.randn(3, 100, 40)
+
+    def function(x, low, ints, stack):
+        others = [low.sum(0), x.sum(1), ints.sum(0), stack.sum((0, 1)), stack.sum(0)]
+        return [x.sum(0), x.sum(0, keepdim=True), stack.sum(1, keepdim=True), stack.sum(-2), *others]
+
+    inputs = [x, low, ints, stack]
+    graph = tracing.trace(function, inputs)
+    sum_by_products(graph)
+    assert [tuple(node.meta["shape"]) for node in _products(graph)] == [(1, 40)] * 2 + [(3, 1, 40)] * 2
+    for ours, plain in zip(graph(*inputs), function(*inputs)):
+        torch.testing.assert_close(ours, plain)

@@ -1,0 +1,92 @@
+"""Rewrites recorded graphs for compiled code on a CPU, whose loops would run along few columns or across many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+
+aten = torch.ops.aten
+
+_NARROW = 16  # columns; a vector has eight numbers of float32, or sixteen
+_ROWS = 64  # as few rows are no loop worth turning
+_FACTORS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
+
+
+def turn_narrow_products(graph: fx.GraphModule) -> None:
+    """Computes products ``x w [M, k]`` of many rows and few columns as ``(w' x')'``, so that rows are last in memory.
+
+    An actor's or critic's last layer has a handful of columns. What follows it, such as a log-probability, is a loop
+    over rows and columns in the order that they have in memory, and a loop over a handful fills no vector.
+    """
+    for node in list(graph.graph.nodes):
+        place = _FACTORS.get(node.target)
+        if place is None or not _is_narrow(node) or (place and (len(node.args) > 3 or node.kwargs)):
+            continue
+        x, w = node.args[place : place + 2]
+        shape = node.meta["shape"]
+        product = aten.mm.default if len(shape) == 2 else aten.bmm.default
+        with graph.graph.inserting_before(node):
+            turned = _turned(graph.graph, w), _turned(graph.graph, x)
+            found = _turned(graph.graph, _call(graph.graph, product, turned, {}, node, _swapped(shape)))
+            if place:
+                found = _call(graph.graph, aten.add.Tensor, (found, node.args[0]), {}, node, shape)
+        node.replace_all_uses_with(found)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def sum_by_products(graph: fx.GraphModule) -> None:
+    """Sums the columns of tall matrices, or of a stack of them, as the gradient of every bias is, by a product with a row of ones.
+
+    A compiled loop takes eight columns at a time through all rows, and reads each line of memory several times.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.sum.dim_IntList or not _is_tall_sum(node):
+            continue
+        x = node.args[0]
+        *stack, rows, columns = x.meta["shape"]
+        device = {"dtype": x.meta["dtype"], "device": torch.device("cpu")}
+        with graph.graph.inserting_before(node):
+            ones = _call(
+                graph.graph, aten.full.default, ([*stack, 1, rows], 1.0), device, node, [*stack, 1, rows]
+            )
+            product = aten.bmm.default if stack else aten.mm.default
+            found = _call(graph.graph, product, (ones, x), {}, node, [*stack, 1, columns])
+            if len(node.args) < 3 or not node.args[2]:
+                found = _call(graph.graph, aten.squeeze.dim, (found, -2), {}, node, [*stack, columns])
+        node.replace_all_uses_with(found)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _is_narrow(node: fx.Node) -> bool:
+    *_, rows, columns = node.meta["shape"]
+    return columns <= _NARROW and rows >= _ROWS
+
+
+def _is_tall_sum(node: Any) -> bool:
+    x, dims = node.args[:2]
+    shape = x.meta["shape"]
+    if node.kwargs or len(shape) not in (2, 3) or [dim % len(shape) for dim in dims] != [len(shape) - 2]:
+        return False
+    return x.meta["dtype"] in (torch.float32, torch.float64) and shape[-1] > _NARROW and shape[-2] >= _ROWS
+
+
+def _call(
+    graph: fx.Graph, target: Any, args: Any, kwargs: Any, like: fx.Node, shape: Sequence[int]
+) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    node.meta.update(dtype=like.meta.get("dtype"), shape=torch.Size(shape))
+    return node
+
+
+def _turned(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return _call(graph, aten.transpose.int, (node, -2, -1), {}, node, _swapped(node.meta["shape"]))
+
+
+def _swapped(shape: Sequence[int]) -> list[int]:
+    return [*shape[:-2], shape[-1], shape[-2]]
