@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tdmarl.cuda_graph import Captured
 from tdmarl.fast_tanh import replace_tanh
 from tdmarl.frozen import frozen, plain
 from tdmarl.keys import Key, as_tuple
+from tdmarl.row_blocks import NotByRow, RowBlocks, block_size
 from tdmarl.cpu_loops import sum_by_products, turn_narrow_products
 
 if TYPE_CHECKING:
@@ -82,6 +84,11 @@ class InPlaceRecorder(tracing.Recorder):
                 tensor.copy_(before)
 
 
+def _can_be_cut(step: Step, tensors: list[Tensor]) -> bool:
+    """Whether blocks of rows could be a gain: on a CPU, whose cache is small, and where the first dimension is rows."""
+    return not step.seed_axis and all(x.device.type == "cpu" for x in tensors)
+
+
 def _place(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x.dtype
 
@@ -128,38 +135,68 @@ class _Function:
         self._keys, self._device = keys, batch.device
         self._names: list[Key] = []
         inputs = [batch.get(key).detach() for key in keys]
-        graph, found = self._recorded(step, due, inputs, batch.batch_size)
-        everything: list[Tensor] = [*inputs, *(x.detach() for x in found)]
-        copies = [x.clone() for x in everything]
-        with torch.no_grad():  # so that what is written is written at the end
-            graph = tracing.record(torch.func.functionalize(graph, remove="mutations"), copies)
-        tracing.tidy(graph)
-        self.operations = tracing.operations(graph)
-        if self.operations > _MOST_OPERATIONS:
-            raise tracing.Untraceable(
-                f"the step has {self.operations} operations, and more than {_MOST_OPERATIONS} take too long to compile"
-            )
+        graph, everything = self._functional(step, due, inputs, batch.batch_size)
         self._found = everything[len(keys) :]
-        self._call: Callable[..., Any] = graph
-        if mode != "trace":
-            try:
-                self._compile(graph, everything, copies, mode)
-            except Exception as error:  # whatever the compiler comes upon, such as that there is none for C++
-                first = str(error).strip().partition("\n")[0]
-                raise tracing.Untraceable(f"compiling failed: {type(error).__name__}: {first}") from error
+        copies = [x.clone() for x in everything]
+        self._call: Callable[..., Any] | None = None
+        self.blocks = 1
+        try:
+            size = block_size(graph, len(batch)) if _can_be_cut(step, copies) else len(batch)
+            if size < len(batch):
+                few = [x[:size] for x in inputs]
+                block, found = self._functional(step, due, few, torch.Size([size, *batch.batch_size[1:]]))
+                if [id(x) for x in found[len(keys) :]] != [id(x) for x in self._found]:
+                    raise NotByRow("it works on other tensors for fewer rows")
+                compiler = functools.partial(self._compiled, mode=mode)
+                made = self._guarded(RowBlocks, graph, block, copies, compiler)
+                self._call, self.blocks, self.operations = made, made.blocks, made.operations
+        except NotByRow as error:
+            self.whole_because = str(error)
+        if self._call is None:
+            tracing.tidy(graph)
+            self.operations = tracing.operations(graph)
+            self._call = self._guarded(self._compiled, graph, copies, mode=mode)
+        if mode == "cudagraph":
+            own = list(range(len(self._keys), len(everything)))
+            self._call = Captured(self._call, everything, own, [])
 
-    def _compile(
-        self, graph: fx.GraphModule, everything: list[Tensor], copies: list[Tensor], mode: str
-    ) -> None:
-        if all(x.device.type == "cpu" for x in copies):
+    @staticmethod
+    def _guarded(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Whatever the compiler comes upon, such as that there is none for C++, is a reason to run eagerly."""
+        try:
+            return make(*args, **kwargs)
+        except (tracing.Untraceable, NotByRow):
+            raise
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            raise tracing.Untraceable(f"compiling failed: {type(error).__name__}: {first}") from error
+
+    @staticmethod
+    def _compiled(graph: fx.GraphModule, examples: list[Tensor], mode: str) -> Callable[..., Any]:
+        operations = tracing.operations(graph)
+        if operations > _MOST_OPERATIONS:
+            raise tracing.Untraceable(
+                f"the step has {operations} operations, and more than {_MOST_OPERATIONS} take too long to compile"
+            )
+        if mode == "trace":
+            return graph
+        if all(x.device.type == "cpu" for x in examples):
             replace_tanh(graph)
             turn_narrow_products(graph)
             sum_by_products(graph)
         with torch.no_grad():
-            self._call = torch._inductor.compile(graph, list(copies), options=_INDUCTOR)
-        if mode == "cudagraph":
-            own = list(range(len(self._keys), len(everything)))
-            self._call = Captured(self._call, everything, own, [])
+            return torch._inductor.compile(graph, list(examples), options=_INDUCTOR)  # type: ignore[return-value]
+
+    def _functional(
+        self, step: Step, due: tuple[bool, ...], inputs: list[Tensor], size: torch.Size
+    ) -> tuple[fx.GraphModule, list[Tensor]]:
+        """The step's operations, with all that is written written at their end; and all that they work on."""
+        graph, found = self._recorded(step, due, inputs, size)
+        everything: list[Tensor] = [*inputs, *(x.detach() for x in found)]
+        with torch.no_grad():
+            copies = [x.clone() for x in everything]
+            graph = tracing.record(torch.func.functionalize(graph, remove="mutations"), copies)
+        return graph, [*inputs, *found]
 
     def _recorded(
         self, step: Step, due: tuple[bool, ...], inputs: list[Tensor], size: torch.Size
@@ -190,6 +227,7 @@ class _Function:
         return graph, recorder.found
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
+        assert self._call is not None
         with torch.no_grad():
             outputs = self._call(*(batch.get(key) for key in self._keys), *self._found)
         found = TensorDict({}, device=self._device)

@@ -40,7 +40,7 @@ def turn_narrow_products(graph: fx.GraphModule) -> None:
 
 
 def sum_by_products(graph: fx.GraphModule) -> None:
-    """Sums the columns of tall matrices, or of a stack of them, as the gradient of every bias is, by a product with a row of ones.
+    """Sums the columns of tall matrices, or of stacks of them, as every bias's gradient is, by a product with ones.
 
     A compiled loop takes eight columns at a time through all rows, and reads each line of memory several times.
     """

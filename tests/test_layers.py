@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
     {"keys", "reduce", "seeds", "gru", "distributions", "tracing"},
-    {"cuda_graph", "frozen", "fast_tanh", "cpu_loops"},
+    {"cuda_graph", "frozen", "fast_tanh", "cpu_loops", "row_blocks"},
     {"nets"},
     {"recurrent"},
     {"actors"},
@@ -78,6 +78,7 @@ NO_ENVIRONMENTS = {
     "frozen",
     "fast_tanh",
     "cpu_loops",
+    "row_blocks",
     "trust",
     "learners",
     "algorithms",
