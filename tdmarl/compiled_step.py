@@ -127,7 +127,11 @@ def _adam(
 
 
 class _Function:
-    """A recorded step for batches of one layout."""
+    """A recorded step for batches of one layout; of many rows in blocks, where it treats each row by itself.
+
+    Attributes:
+        blocks (int): how many; ``whole_because`` says why one, where more would have been worth it.
+    """
 
     def __init__(
         self, step: Step, due: tuple[bool, ...], batch: TensorDictBase, keys: list[Key], mode: str
@@ -135,17 +139,18 @@ class _Function:
         self._keys, self._device = keys, batch.device
         self._names: list[Key] = []
         inputs = [batch.get(key).detach() for key in keys]
-        graph, everything = self._functional(step, due, inputs, batch.batch_size)
-        self._found = everything[len(keys) :]
+        graph, met = self._functional(step, due, inputs, batch.batch_size)
+        self._found = [x.detach() for x in met]
+        everything = [*inputs, *self._found]
         copies = [x.clone() for x in everything]
         self._call: Callable[..., Any] | None = None
-        self.blocks = 1
+        self.blocks, self.whole_because = 1, ""
         try:
             size = block_size(graph, len(batch)) if _can_be_cut(step, copies) else len(batch)
             if size < len(batch):
                 few = [x[:size] for x in inputs]
                 block, found = self._functional(step, due, few, torch.Size([size, *batch.batch_size[1:]]))
-                if [id(x) for x in found[len(keys) :]] != [id(x) for x in self._found]:
+                if [id(x) for x in found] != [id(x) for x in met]:
                     raise NotByRow("it works on other tensors for fewer rows")
                 compiler = functools.partial(self._compiled, mode=mode)
                 made = self._guarded(RowBlocks, graph, block, copies, compiler)
@@ -190,13 +195,13 @@ class _Function:
     def _functional(
         self, step: Step, due: tuple[bool, ...], inputs: list[Tensor], size: torch.Size
     ) -> tuple[fx.GraphModule, list[Tensor]]:
-        """The step's operations, with all that is written written at their end; and all that they work on."""
+        """The step's operations, with all that is written written at their end; what they work on besides inputs."""
         graph, found = self._recorded(step, due, inputs, size)
         everything: list[Tensor] = [*inputs, *(x.detach() for x in found)]
         with torch.no_grad():
             copies = [x.clone() for x in everything]
             graph = tracing.record(torch.func.functionalize(graph, remove="mutations"), copies)
-        return graph, [*inputs, *found]
+        return graph, found
 
     def _recorded(
         self, step: Step, due: tuple[bool, ...], inputs: list[Tensor], size: torch.Size
@@ -250,12 +255,13 @@ class CompiledStep:
     Attributes:
         reason (str, optional): why the step is called as it is.
         operations (int): of the last function made.
+        blocks (int): of rows in which it runs; see :class:`~tdmarl.row_blocks.RowBlocks`.
     """
 
     def __init__(self, step: Step, mode: str) -> None:
         self.step, self.mode = step, mode
         self.reason: str | None = None
-        self.operations, self._builds = 0, 0
+        self.operations, self.blocks, self._builds = 0, 1, 0
         self._functions: dict[Any, _Function] = {}
         self._frozen_at: Any = None
         self._begun = -1
@@ -305,7 +311,7 @@ class CompiledStep:
                 self._functions[key] = _Function(step, due, batch, list(leaves), self.mode)
             if _frozen(step) != self._frozen_at:
                 raise tracing.Untraceable("its Python changes from step to step")
-            self.operations = self._functions[key].operations
+            self.operations, self.blocks = self._functions[key].operations, self._functions[key].blocks
         return self._functions[key]
 
 

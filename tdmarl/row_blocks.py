@@ -25,7 +25,9 @@ from tdmarl import tracing
 aten = torch.ops.aten
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
-_CACHE = 1 << 20  # bytes of the largest tensor of a block: some of them fit into a core's cache
+_CACHE = (
+    1 << 22
+)  # bytes of the largest tensor of a block: what belongs to a block then stays in a core's caches
 _WORTH = 3  # blocks; two are no gain
 
 # What treats each row by itself whatever its other arguments are, besides all that PyTorch calls pointwise.
@@ -40,7 +42,7 @@ _BY_ROW = {
 }  # fmt: skip
 # The same if they do it along another dimension than that of the rows: the place of that argument.
 _ALONG = {
-    aten.cat: 1, aten.select: 1, aten.slice: 1, aten.split: 2, aten.split_with_sizes: 2, aten.unbind: 1,
+    aten.cat: 1, aten.select: 1, aten.slice: 1, aten.split: 2, aten.unsafe_split: 2, aten.split_with_sizes: 2, aten.unsafe_split_with_sizes: 2, aten.unbind: 1,
     aten.gather: 1, aten.scatter: 1, aten.scatter_add: 1, aten._softmax: 1, aten._log_softmax: 1,
     aten._softmax_backward_data: 2, aten._log_softmax_backward_data: 2,
 }  # fmt: skip
@@ -67,10 +69,10 @@ def block_size(graph: fx.GraphModule, rows: int) -> int:
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
         if node.op == "call_function" and dtype is not None and shape.numel() % rows == 0:
             widest = max(widest, shape.numel() // rows * dtype.itemsize)
-    most = max(1, _CACHE // widest)
+    most = max(2, _CACHE // widest)  # of one row, PyTorch goes other ways
     if rows < _WORTH * most:
         return rows
-    found = next(size for size in range(most, 0, -1) if rows % size == 0)
+    found = next((size for size in range(most, 1, -1) if rows % size == 0), 0)
     return found if found * 4 >= most else rows
 
 
@@ -270,7 +272,9 @@ class _Stage:
             if dim is not None
         ]
         self.blocks = sizes[0][0] // sizes[0][1] if sizes else 1
-        self._sizes: list[Any] = [None if dim is None else plan.twin[n].meta["shape"][dim] for n, dim in self.takes]
+        self._sizes: list[Any] = [
+            None if dim is None else plan.twin[n].meta["shape"][dim] for n, dim in self.takes
+        ]
         self._zeros = [torch.zeros(n.meta["shape"], dtype=n.meta["dtype"]) for n in self.sums]
         graph = self._graph(plan, nodes, loops)
         tracing.tidy(graph)

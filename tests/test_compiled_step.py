@@ -12,7 +12,7 @@ from torch import nn
 from toys import ToyEnv, record
 
 import tdmarl
-from tdmarl import cuda_graph
+from tdmarl import compiled_step, cuda_graph
 from tdmarl.compiled_step import CompiledStep
 from tdmarl.step import Part, Step, adam
 
@@ -75,6 +75,22 @@ def test_every_algorithm_is_recorded_and_learns_the_same(name):
         plain.learner.generator.get_state() if hasattr(plain.learner, "generator") else torch.ones(1),
         recorded.learner.generator.get_state() if hasattr(plain.learner, "generator") else torch.ones(1),
     )
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_cut_into_blocks_and_learns_the_same(name, monkeypatch):
+    """But those that draw for each row: smoothed targets, and discrete actions by Gumbel's noise."""
+    plain, expected, _ = trained(*ALGORITHMS[name], None)
+    monkeypatch.setattr(compiled_step, "block_size", lambda graph, rows: 2 if rows % 2 == 0 else rows)
+    cut, found, steps = trained(*ALGORITHMS[name], "trace")
+    functions = [function for step in steps for function in step._functions.values()]
+    draws = name in ("matd3", "maddpg, discrete")
+    for function in functions:
+        assert (function.blocks == 1) == draws, function.whole_because
+        assert ("draws" in function.whole_because) == draws
+    for key in expected.keys():
+        torch.testing.assert_close(found[key], expected[key], atol=2e-5, rtol=2e-5, msg=key)
+    same(plain.learner.state_dict(), cut.learner.state_dict(), 2e-5)
 
 
 class Line(TensorDictModule):
