@@ -131,8 +131,8 @@ def watch_learner(stopwatch: Stopwatch, learner: Any, inside: bool) -> None:
         stopwatch.watch(learner.critic.buffer, "sample", "buffer")
     if not inside:
         for one in learners:
-            take = one._take
-            one._take = (
+            take = one.accelerated
+            one.accelerated = (
                 [stopwatch.timed("whole step", each) for each in take]
                 if isinstance(take, list)
                 else stopwatch.timed("whole step", take)

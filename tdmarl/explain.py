@@ -79,12 +79,12 @@ def _updates(name: str, learner: Any) -> Iterator[tuple[str, str]]:
     for i, agent in enumerate(getattr(learner, "agents", ())):  # one after the other
         yield (
             f"update{name} {agent.group} {agent.index}",
-            _update(agent.step, learner._take[i], learner.buffer),
+            _update(agent.step, learner.accelerated[i], learner.buffer),
         )
     if hasattr(learner, "critic"):
         yield from _updates(f"{name} critic", learner.critic)
     elif hasattr(learner, "step"):
-        yield f"update{name}", _update(learner.step, learner._take, learner.buffer)
+        yield f"update{name}", _update(learner.step, learner.accelerated, learner.buffer)
     else:
         yield f"update{name}", f"eager: {type(learner).__name__}, which is none of tdmarl's"
 

@@ -31,7 +31,7 @@ def test_what_is_compiled_says_so_before_and_after_its_first_use():
     before = explain(algo, env, collector)
     assert "trace (at its first use): VmasEnv of balance" in before
     assert "compile (at its first minibatch)" in before
-    algo.learner._take = CompiledStep(algo.learner.step, "trace")
+    algo.learner.accelerated = CompiledStep(algo.learner.step, "trace")
     algo.learner(collector.rollout())
     after = explain(algo, env, collector)
     assert "step of " in after and "the policy compiled, too" in after and "operations): PolicyLoss" in after

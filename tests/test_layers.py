@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
-    {"keys", "reduce", "seeds", "gru", "distributions", "tracing"},
+    {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host"},
     {"cuda_graph", "frozen", "fast_tanh"},
     {"nets"},
     {"recurrent"},
@@ -49,6 +49,7 @@ NO_ALGORITHMS = {
     "learners",
 }
 NO_ENVIRONMENTS = {
+    "host",
     "keys",
     "reduce",
     "seeds",
