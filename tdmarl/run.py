@@ -269,6 +269,8 @@ def launch(
         chosen.check()
         if _is_finished(chosen):
             return
+        if chosen.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
         # what is drawn without a generator of its own must not depend on what the process drew before
         start = seeds.derive(chosen.seed, "global")
         torch.manual_seed(start)

@@ -15,7 +15,7 @@ LAYERS = [
     {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host"},
     {"cuda_graph", "frozen", "fast_tanh"},
     {"nets"},
-    {"recurrent"},
+    {"recurrent", "precision"},
     {"actors"},
     {"critics", "mixers", "q_actors", "action_critics", "deterministic_actors"},
     {"buffers", "losses", "prepare", "step", "compiled_step", "targets", "trust"},
@@ -49,6 +49,7 @@ NO_ALGORITHMS = {
     "learners",
 }
 NO_ENVIRONMENTS = {
+    "precision",
     "host",
     "keys",
     "reduce",
