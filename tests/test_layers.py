@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
-    {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host"},
+    {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host", "compiling"},
     {"cuda_graph", "frozen", "fast_tanh"},
     {"nets"},
     {"recurrent", "precision"},
@@ -49,6 +49,7 @@ NO_ALGORITHMS = {
     "learners",
 }
 NO_ENVIRONMENTS = {
+    "compiling",
     "precision",
     "host",
     "keys",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
-from tdmarl import host
+from tdmarl import compiling, host
 from tdmarl.envs.actions import ActionOptions
 from tdmarl.envs.capture import Part
 from tdmarl.envs.compiled import CompiledVmas
@@ -84,7 +84,8 @@ class _Compiled(EnvBase):
                 self._fall_back(f"its Python values changed {_MOST_BUILDS} times")
                 return self
             try:
-                self._compiled = self._make_compiled()
+                with compiling.announced("the simulation"):
+                    self._compiled = self._make_compiled()
             except Exception as error:  # whatever tracing and compiling come upon; eager always works
                 self._fall_back(
                     str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
