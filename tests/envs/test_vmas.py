@@ -326,7 +326,7 @@ def test_same_seed_is_the_same_trajectory_also_after_use() -> None:
 
 RESUME = """
 import sys, torch
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {tests!r} + '/..', {root!r}]
 from test_vmas import Counter, make, play
 for name in {names!r}:
     env = make(Counter if name == "Counter" else name, seed=77, max_steps=3)
