@@ -6,6 +6,7 @@ its parent's.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +29,36 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PACKAGES = "torch", "torchrl", "tensordict", "vmas"
+
+
+MODES = ("eager", "compile", "cudagraph")
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A program's command line, whose help begins with its docstring's first line and tells all defaults."""
+    described = (doc or "").partition("\n")[0]
+    return argparse.ArgumentParser(
+        description=described, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def add_ways_to_run(parser: argparse.ArgumentParser, out: Path) -> None:
+    """The options of a program that learns and simulates in its own process, and where its results go."""
+    add = parser.add_argument
+    add("--mode", default="eager", choices=MODES, help="of the updates")
+    add("--simulation", default="compile", choices=MODES, help="mode of the simulator")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=1)
+    add("--out", type=Path, default=out, help="results file, with a picture beside it")
+
+
+def begin(args: argparse.Namespace) -> dict[str, Any]:
+    """Sets this process up as :func:`add_ways_to_run` was answered; the head of its results."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    return about(vars(args), torch.cuda.get_device_name() if args.device.startswith("cuda") else None)
 
 
 def commit() -> str | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
 
 import tdmarl  # noqa: E402
-from measuring import RESULTS, about, picture, ratios, seconds, spread, where, write  # noqa: E402
+from measuring import (  # noqa: E402
+    RESULTS, add_ways_to_run, begin, command_line, picture, ratios, seconds, spread, where, write,
+)
 from simulate_contenders import Policy  # noqa: E402
 
 aten = torch.ops.aten
@@ -277,9 +278,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are the committed measurement."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=["update", "simulator"], default=["update", "simulator"], help="what")
     add("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="whose updates")
@@ -291,25 +290,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--simulated-envs", nargs="+", type=int, default=[1024, 4096, 16384, 65536], help="of the simulator")
     add("--most-frames", type=int, default=2**19, help="of the simulator's batch, which is kept in memory")
     add("--rounds", type=int, default=5, help="that count, after one that warms up")
-    add("--mode", default="eager", choices=["eager", "compile", "cudagraph"], help="of the updates")
-    add(
-        "--simulation",
-        default="compile",
-        choices=["eager", "compile", "cudagraph"],
-        help="mode of the simulator",
-    )
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=1)
-    add("--out", type=Path, default=RESULTS / "roofline.json", help="results file, with a picture beside it")
+    add_ways_to_run(parser, RESULTS / "roofline.json")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(args.threads)
-    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-    result: dict[str, Any] = {**about(vars(args), gpu), "updates": [], "simulators": []}
+    result: dict[str, Any] = {**begin(args), "updates": [], "simulators": []}
     for algorithm in args.algorithms if "update" in args.parts else ():
         result["updates"].append(update_beside_products(algorithm, args))
         write(result, args.out)

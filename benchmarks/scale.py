@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS, Process, ProcessFailed, about, exponent, picture, where, write
+from measuring import MODES, RESULTS, Process, ProcessFailed, about, command_line, exponent, picture, where, write
 
 HERE = Path(__file__).resolve().parent
 AXES = {"num_envs": "environments", "n_agents": "agents", "width": "network width"}
@@ -182,9 +182,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are the committed measurement."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--algorithms", nargs="+", choices=list(COLORS), default=list(COLORS), help="who learns")
     add("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="what grows")
@@ -209,7 +207,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="how often a batch is gone through")
     add("--minibatch-size", type=int, default=3200, help="frames of a minibatch")
     add("--rounds", type=int, default=5, help="timed iterations of each size, after two that warm up")
-    add("--mode", default="eager", choices=["eager", "compile", "cudagraph"], help="of simulation and steps")
+    add("--mode", default="eager", choices=MODES, help="of simulation and steps")
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=1, help="threads of each process")
     add("--timeout", type=float, default=900.0, help="seconds a process may take to answer")

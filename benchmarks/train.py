@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS, Process, ProcessFailed, about, picture, write
+from measuring import RESULTS, Process, ProcessFailed, about, command_line, picture, write
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("tdmarl", "benchmarl", "torchrl")
@@ -320,9 +320,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are the committed measurement."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--algorithm", choices=list(DEFAULTS), default="mappo", help="what all contenders learn by")
     add("--scenario", nargs="+", default=["navigation"], help="VMAS scenarios, one after the other")

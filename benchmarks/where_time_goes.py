@@ -15,7 +15,6 @@ import argparse
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
 
 import tdmarl  # noqa: E402
-from measuring import RESULTS, about, picture, waiting, where, write  # noqa: E402
+from measuring import RESULTS, add_ways_to_run, begin, command_line, picture, waiting, where, write  # noqa: E402
 from tdmarl import reduce, rollout  # noqa: E402
 from tdmarl.envs.compiled import CompiledVmas  # noqa: E402
 
@@ -131,8 +130,8 @@ def watch_learner(stopwatch: Stopwatch, learner: Any, inside: bool) -> None:
         stopwatch.watch(learner.critic.buffer, "sample", "buffer")
     if not inside:
         for one in learners:
-            take = one._take
-            one._take = (
+            take = one.accelerated
+            one.accelerated = (
                 [stopwatch.timed("whole step", each) for each in take]
                 if isinstance(take, list)
                 else stopwatch.timed("whole step", take)
@@ -261,9 +260,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are the committed measurement."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="a bar each")
     add("--scenario", default="navigation")
@@ -273,32 +270,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=4, help="how often a batch is gone through")
     add("--minibatch-size", type=int, default=3200, help="frames of a minibatch")
     add("--rounds", type=int, default=5, help="iterations of each, after two that warm up")
-    add("--mode", default="eager", choices=["eager", "compile", "cudagraph"], help="of the steps")
-    add(
-        "--simulation",
-        default="compile",
-        choices=["eager", "compile", "cudagraph"],
-        help="mode of the simulator",
-    )
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=1)
-    add(
-        "--out",
-        type=Path,
-        default=RESULTS / "where_time_goes.json",
-        help="results file, the picture beside it",
-    )
+    add_ways_to_run(parser, RESULTS / "where_time_goes.json")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(args.threads)
-    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-    result: dict[str, Any] = {**about(vars(args), gpu), "iterations": measure(args)}
+    result: dict[str, Any] = {**begin(args), "iterations": measure(args)}
     write(result, args.out)
-    picture(draw, result, args.out, (11, 1.2 + 0.7 * len(args.algorithms)))
+    picture(draw, result, args.out, (11, max(3.0, 1.2 + 0.7 * len(args.algorithms))))  # the legend's height
     print(table(result))
 
 

@@ -57,6 +57,7 @@ def build(env: Any, group: str, options: CustomOptions) -> tuple[TensorDictModul
     actor = tdmarl.gaussian_actor(env, group)
     norm = tdmarl.ValueNorm(device=env.device)
     critic = tdmarl.NormalizedCritic(tdmarl.state_critic(env, group, scope="team"), {group: norm})
+    tdmarl.set_precision(options.network_precision(), actor, critic)
 
     policy_loss = ClipPPOLoss(actor, None, clip_epsilon=0.2, entropy_coeff=0.0, critic_coeff=0.0)
     policy_loss.set_keys(advantage=(group, "advantage"))

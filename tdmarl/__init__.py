@@ -36,6 +36,7 @@ from tdmarl.maddpg_loss import MADDPGLoss
 from tdmarl.mixers import qmix_mixer, vdn_mixer
 from tdmarl.mixing import MixingLoss
 from tdmarl.nets import AgentGRU, AgentLinear, AgentMLP
+from tdmarl.precision import set_precision
 from tdmarl.prepare import (
     Advantage,
     HAPPOFactor,
@@ -134,6 +135,7 @@ __all__ = [
     "per_group",
     "random_policy",
     "reduce",
+    "set_precision",
     "state_critic",
     "stochastic_actor",
     "team",

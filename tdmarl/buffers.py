@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdmarl import seeds
+
 
 class Buffer(Protocol):
     """What a learner asks of a buffer; TorchRL's replay buffers have it."""
@@ -112,8 +114,8 @@ class BatchBuffer:
         )
         if apart and seed_axis:
             raise ValueError("Agents apart and a seed axis do not go together: train the seeds one by one.")
-        self.apart, self.seed_axis = list(apart), seed_axis
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.apart, self.seed_axis, self.device = list(apart), seed_axis, torch.device(device)
+        self.generator = seeds.started(seed, device)
         self._rows: TensorDictBase | None = None
         self._parts: list[Tensor] = []
 
@@ -174,7 +176,7 @@ class BatchBuffer:
         size = rows // self.n_minibatches
 
         def permutation() -> Tensor:
-            order = torch.randperm(rows, generator=self.generator, device=self.generator.device)
+            order = torch.randperm(rows, generator=self.generator, device=self.device)
             return order[: size * self.n_minibatches]
 
         order = permutation() if blocks is None else torch.stack([permutation() for _ in range(blocks)])

@@ -333,7 +333,7 @@ class Collector(BaseCollector):
         self._frames, self._iter = int(state_dict["frames"]), int(state_dict["iterations"]) - 1
         if "generator" in state_dict:
             if self.generator is None:
-                self.generator = torch.Generator(device=self.env.device or "cpu")
+                self.generator = seeds.started(0, self.env.device)
             self.generator.set_state(state_dict["generator"].cpu())
         if "env" in state_dict:
             load_env_state(self.env, state_dict["env"])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, fx, nn
 
-from tdmarl import tracing
+from tdmarl import compiling, tracing
 from tdmarl.cuda_graph import Captured
 from tdmarl.fast_tanh import replace_tanh
 from tdmarl.frozen import frozen, plain
@@ -307,7 +307,7 @@ class CompiledStep:
                 _begin_adam(part.optim)
             self._frozen_at = _frozen(step)
             devices = [batch.device] if batch.device is not None and batch.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):  # recording is no draw
+            with compiling.announced("updates"), torch.random.fork_rng(devices):  # recording is no draw
                 self._functions[key] = _Function(step, due, batch, list(leaves), self.mode)
             if _frozen(step) != self._frozen_at:
                 raise tracing.Untraceable("its Python changes from step to step")

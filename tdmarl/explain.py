@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
 from torchrl.envs import EnvBase
 
 from tdmarl.collect import Collector
@@ -32,7 +33,7 @@ def explain(algo: Any, env: EnvBase, collector: Collector | None = None) -> str:
           agents    4 agents, observation (18,), action (2,)
         update      eager: PolicyLoss of 5,928 parameters, ValueLoss of 9,553 parameters, minibatches of 8 rows
     """
-    lines = [*_simulation(env), *_rollout(collector), *_updates("", algo.learner)]
+    lines = [*_simulation(env), *_rollout(collector), *_precision(algo.policy), *_updates("", algo.learner)]
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name:<{width}}  {what}" for name, what in lines)
     print(text)
@@ -71,6 +72,12 @@ def _rollout(collector: Collector | None) -> Iterator[tuple[str, str]]:
         yield "rollout", f"{collector.describe()}: {collector.steps} steps a batch"
 
 
+def _precision(policy: nn.Module) -> Iterator[tuple[str, str]]:
+    kinds = {layer.products for layer in policy.modules() if getattr(layer, "products", None) is not None}
+    if kinds:
+        yield "networks", f"hidden layers multiply in {' and '.join(str(kind).split('.')[1] for kind in kinds)}"
+
+
 def _updates(name: str, learner: Any) -> Iterator[tuple[str, str]]:
     if isinstance(getattr(learner, "learners", None), Mapping):  # several teams
         for team, part in learner.learners.items():
@@ -79,12 +86,12 @@ def _updates(name: str, learner: Any) -> Iterator[tuple[str, str]]:
     for i, agent in enumerate(getattr(learner, "agents", ())):  # one after the other
         yield (
             f"update{name} {agent.group} {agent.index}",
-            _update(agent.step, learner._take[i], learner.buffer),
+            _update(agent.step, learner.accelerated[i], learner.buffer),
         )
     if hasattr(learner, "critic"):
         yield from _updates(f"{name} critic", learner.critic)
     elif hasattr(learner, "step"):
-        yield f"update{name}", _update(learner.step, learner._take, learner.buffer)
+        yield f"update{name}", _update(learner.step, learner.accelerated, learner.buffer)
     else:
         yield f"update{name}", f"eager: {type(learner).__name__}, which is none of tdmarl's"
 
@@ -109,9 +116,5 @@ def _update(step: Any, take: Any, buffer: Any) -> str:
 
 
 def _loss(loss: Any) -> str:
-    whole = loss.__dict__.get("whole") or getattr(loss, "whole", None)
-    return (
-        f"{type(whole).__name__}'s {type(loss).__name__.strip('_')}"
-        if whole is not None
-        else type(loss).__name__
-    )
+    whole, name = loss.__dict__.get("whole") or getattr(loss, "whole", None), type(loss).__name__
+    return name if whole is None else f"{type(whole).__name__}'s {name.strip('_')}"

@@ -33,6 +33,9 @@ class Learner:
         mode (str): see :meth:`Step.accelerate`.
         seed (int): of what ``prepare`` and the losses draw, such as the next actions of a critic that reads them.
 
+    Attributes:
+        accelerated (callable): what takes the steps: ``step`` itself, or the compiled function that stands for it.
+
     Returns:
         calling it with a batch ``[*B, T]`` returns a tensordict of metrics, averaged over the steps, on the device;
         an empty one while a buffer says that it is not ``ready``.
@@ -62,8 +65,8 @@ class Learner:
             annealing,
         )
         self.modules = dict(modules or {})
-        self._take = step.accelerate(mode)
-        self.generator = torch.Generator(step.parts[0].params[0].device).manual_seed(seed)
+        self.accelerated = step.accelerate(mode)
+        self.generator = seeds.started(seed, step.parts[0].params[0].device)
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         frames = batch.numel() // (batch.shape[0] if self.step.seed_axis else 1)
@@ -91,7 +94,7 @@ class Learner:
 
     def _update(self) -> TensorDictBase:
         rows = self.buffer.sample()
-        found = self._take(rows)
+        found = self.accelerated(rows)
         if self.step.row_keys:
             for key in self.step.row_keys:
                 rows.set(key, found.pop(key))
@@ -174,6 +177,9 @@ class SequentialLearner:
         annealing (Annealing, optional): advanced by the frames of each batch.
         seed (int): of the orders.
         mode (str): see :meth:`Step.accelerate`.
+
+    Attributes:
+        accelerated (list of callable): for each agent what takes its steps; see :class:`Learner`.
     """
 
     def __init__(
@@ -200,7 +206,7 @@ class SequentialLearner:
         self.generator = torch.Generator().manual_seed(
             seed
         )  # on the host: the order is one of Python's calls
-        self._take = [agent.step.accelerate(mode) for agent in agents]
+        self.accelerated = [agent.step.accelerate(mode) for agent in agents]
         self.last_order: list[int] = []
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
@@ -219,7 +225,7 @@ class SequentialLearner:
         return means
 
     def _update(self, i: int, batch: TensorDictBase) -> TensorDictBase:
-        agent, take = self.agents[i], self._take[i]
+        agent, take = self.agents[i], self.accelerated[i]
         view = agent.view(batch)
         before = agent.log_prob(view)
         self.buffer.extend(view)

@@ -31,6 +31,7 @@ from torchrl.data import (
     Binary, Bounded, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec, Unbounded,
 )
 
+from tdmarl import compiling
 from tdmarl.keys import unbatched
 
 Value = float | int | None
@@ -299,7 +300,7 @@ def _has_wandb_account() -> bool:
 
 
 class Bar:
-    """Shows on a terminal how far a run is, how fast, and how well; nothing anywhere else.
+    """Shows on a terminal how far a run is, how fast, and how well, and what is being compiled; nothing elsewhere.
 
     Args:
         shown (bool): whether it is wanted.
@@ -313,6 +314,7 @@ class Bar:
     def __init__(self, shown: bool, description: str, total: int, initial: int) -> None:
         self.bar: Any = None
         self.values: dict[str, Value] = {}
+        self.clock = compiling.Clock(self.say)
         if shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
             from tqdm import tqdm
 
@@ -323,9 +325,14 @@ class Bar:
             )
 
     def say(self, text: str) -> None:
-        """Shows what takes time before the first row."""
+        """Shows what takes time, such as compiling, in place of the last row."""
         if self.bar is not None:
             self.bar.set_postfix_str(text)
+
+    def compiled(self) -> dict[str, Value]:
+        """The entry ``compile_seconds`` of a row: what was spent since the last one; none if nothing was compiled."""
+        seconds = self.clock.lap()
+        return {"compile_seconds": round(seconds, 3)} if seconds else {}
 
     def advance(self, row: Mapping[str, Value]) -> None:
         """Moves to a row's frames and shows its speed and the returns last measured.
@@ -349,6 +356,7 @@ class Bar:
 
     def close(self) -> None:
         """Leaves the last line on the terminal."""
+        self.clock.stop()
         if self.bar is not None:
             self.bar.close()
 

@@ -103,10 +103,15 @@ class AgentLinear(nn.Module):
         gain (float): of the orthogonal initialization, done for each set apart (biases start at zero).
         device (torch.device, optional): where the parameters live.
 
+    Attributes:
+        products (torch.dtype, optional): what is multiplied is rounded to it; see :func:`tdmarl.set_precision`.
+
     Shape:
         ``[*B, n, in]``, or ``[*B, 1, in]`` for one input common to all agents, to ``[*B, n, out]``. The output of
         a common input stays ``[*B, 1, out]`` while nothing tells the agents apart.
     """
+
+    products: torch.dtype | None = None
 
     def __init__(
         self,
@@ -137,7 +142,9 @@ class AgentLinear(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _of_agents(self.weight, self.sets), _of_agents(self.bias, self.sets)
+        weight, bias, dtype = _of_agents(self.weight, self.sets), _of_agents(self.bias, self.sets), x.dtype
+        if self.products is not None:
+            x, weight, bias = (t.to(self.products) for t in (x, weight, bias))
         if len(weight) == 1:
             y = F.linear(x, weight[0].T, bias[0])
         else:
@@ -147,6 +154,7 @@ class AgentLinear(nn.Module):
             x = x.reshape(len(x), batch.numel(), x.shape[-1]).expand(len(weight), -1, -1)
             y = torch.baddbmm(bias.unsqueeze(1), x, weight)
             y = y.view(len(weight), *batch, weight.shape[-1]).movedim(0, -2)
+        y = y.to(dtype)
         return y if self.agent is None else y + self.agent
 
 

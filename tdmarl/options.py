@@ -40,6 +40,8 @@ class Options:
     """auto (a GPU if there is one), cpu, cuda or cuda:N: simulator, policy and learner run there."""
     mode: Literal["auto", "eager", "compile", "cudagraph"] = "auto"
     """How simulation and updates run on the device; auto compiles what the run is long enough for."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of matrix products: tf32 (CUDA) rounds what they multiply, bfloat16 more, in the networks' hidden layers."""
     out: str | None = None
     """Folder of the run. Default: runs/<algorithm>-<scenario>-<seed>-<time>."""
     resume: str | None = None
@@ -70,7 +72,9 @@ class Options:
                 f"--num-envs {self.num_envs}; {near} would be"
             )
         log.check_tracker(self.logger)
-        self.pick_device()
+        device = self.pick_device()
+        if self.precision == "tf32" and device.type != "cuda":
+            raise ValueError(f"--precision tf32 is a GPU's way to multiply, and this run's device is {device}")
         self.task()
 
     def task(self) -> dict[str, Any]:
@@ -84,6 +88,10 @@ class Options:
                 f"--scenario-args {self.scenario_args!r} must be an object such as '{{\"n_agents\": 5}}'"
             )
         return TASKS.get(self.scenario, {}) | given
+
+    def network_precision(self) -> str:
+        """The algorithm's ``precision``; TF32 is the whole process's, which :func:`tdmarl.run.launch` sets."""
+        return "float32" if self.precision == "tf32" else self.precision
 
     def simulation(self) -> dict[str, Any]:
         """How the environment runs, for :class:`tdmarl.VmasEnv`; that of a resumed run stays what it was."""
@@ -178,6 +186,7 @@ class OnPolicyOptions(Options):
         given = {name: getattr(self, name) for name in names} | {"anneal_frames": horizon}
         batches = self.total_frames // self.frames_per_batch * self.num_epochs
         given["mode"] = self.update_mode(batches * max(1, self.frames_per_batch // self.minibatch_size))
+        given["precision"] = self.network_precision()
         if self.recurrent:  # minibatches are counted in rows, which are sequences then
             rows = self.minibatch_size // self.chunk_length
             given |= {"recurrent": "gru", "chunk_length": self.chunk_length, "minibatch_size": rows}
@@ -263,6 +272,7 @@ class OffPolicyOptions(Options):
         )  # fmt: skip
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given["mode"] = self.update_mode(self.total_frames // self.frames_per_batch * self.num_updates)
+        given["precision"] = self.network_precision()
         given["hidden"] = (self.width, self.width)
         given["tau"] = self.tau or None
         given["target_every"] = None if self.tau else self.target_every

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
-from tdmarl import reduce
+from tdmarl import host, reduce
 from tdmarl.keys import entry, per_agent
 from tdmarl.recurrent import after, hidden_keys
 
@@ -57,11 +57,6 @@ def generalized_advantage(
 
 
 _ROWS, _PARTS = 8_192, 64  # a critic is asked about so many rows at least, and of a batch in so many parts at most
-
-
-def on_host(device: torch.device) -> bool:
-    """Whether reading a tensor's values waits for nothing."""
-    return device.type == "cpu"
 
 
 class Advantage(TensorDictModuleBase):
@@ -183,7 +178,7 @@ class Advantage(TensorDictModuleBase):
         values = [entry(g, "state_value") for g in self.groups]
         time = end.ndim - 1
         shifted = written.select(*values).apply(lambda v: v.roll(-1, time))
-        if on_host(end.device) and not reduce.has_seed_axis():  # reading costs nothing, and few rows are ends
+        if host.is_free(end.device) and not reduce.has_seed_axis():  # reading costs nothing, and few rows are ends
             where = end.nonzero(as_tuple=True)
             ends = self._with_actions(following[where], batch[where] if self.reads_actions else batch)
             shifted[where] = self._ask(ends).select(*values)

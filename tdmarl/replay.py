@@ -25,6 +25,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
+from tdmarl import seeds
 from tdmarl.buffers import block_masks, cut_rows
 from tdmarl.keys import as_tuple
 
@@ -176,6 +177,22 @@ class ProportionalSampler(PrioritizedSampler):
         self.load_state_dict(torch.load(os.path.join(path, "sampler.pt"), weights_only=True))
 
 
+class _Told:
+    """A storage that is told where its last row went: TorchRL's reads it from the indices, once a batch."""
+
+    def _set_last_cursor(self, cursor: Any) -> None:
+        if not isinstance(cursor, Tensor):
+            super()._set_last_cursor(cursor)  # type: ignore[misc]
+
+
+class _OnDevice(_Told, LazyTensorStorage):
+    pass
+
+
+class _InFile(_Told, LazyMemmapStorage):
+    pass
+
+
 class Replay(TensorDictReplayBuffer):
     """The buffer of off-policy learning: TorchRL's, with rows cut, drawn and moved as a learner needs them.
 
@@ -231,9 +248,7 @@ class Replay(TensorDictReplayBuffer):
         self.capacity, self.sequence_length, self.least = capacity, sequence_length, least
         self.apart, self.memmap, self.announce = list(apart), storage == "memmap", announce
         kept: Storage = (
-            LazyMemmapStorage(capacity, scratch_dir=folder)
-            if self.memmap
-            else LazyTensorStorage(capacity, device=self.place)
+            _InFile(capacity, scratch_dir=folder) if self.memmap else _OnDevice(capacity, device=self.place)
         )
         sampler: Sampler = RandomSampler()
         if prioritized:
@@ -241,7 +256,7 @@ class Replay(TensorDictReplayBuffer):
         self.prioritized = prioritized
         super().__init__(
             storage=kept, sampler=sampler, writer=RoundRobinWriter(), batch_size=batch_size,
-            generator=torch.Generator(device=self.place).manual_seed(seed),
+            generator=seeds.started(seed, self.place),
         )  # fmt: skip
 
     @property
@@ -263,8 +278,11 @@ class Replay(TensorDictReplayBuffer):
                 "capacity (buffer_size), or collect fewer frames at a time."
             )
         self._before_allocation(rows)
+        last = (self._writer._cursor + len(rows) - 1) % self.capacity
         with _without_a_log_line():
-            return super().extend(rows, update_priority=update_priority)
+            index = super().extend(rows, update_priority=update_priority)
+        self._storage._set_last_cursor(last)
+        return index
 
     def _before_allocation(self, rows: TensorDictBase) -> None:
         """Says what the storage will take, and refuses where there is not so much."""

@@ -18,7 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from tdmarl import tracing
+from tdmarl import compiling, tracing
 from tdmarl.cuda_graph import Captured
 from tdmarl.envs.capture import Function
 from tdmarl.frozen import frozen, parameters
@@ -352,7 +352,8 @@ class Rollout:
                 self._builds += 1
                 if self._builds > _MOST_BUILDS:
                     raise tracing.Untraceable(f"its Python changed {_MOST_BUILDS} times")
-                self._act = Act(self._policy, root, self._env.mode)  # type: ignore[arg-type]
+                with compiling.announced("the policy"):
+                    self._act = Act(self._policy, root, self._env.mode)  # type: ignore[arg-type]
         except Exception as error:  # whatever recording and compiling come upon; calling it always works
             self._act, self.reason = None, f"{error}"
         return self._act

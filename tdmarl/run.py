@@ -91,7 +91,6 @@ class Run:
         title = f"{self.algorithm} {options.scenario}"
         self.bar = log.Bar(options.progress, title, options.total_frames, self.state["frames"])
         if getattr(self.env, "mode", "eager") != "eager":
-            self.bar.say("compiling the simulation")
             self.env.compile()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -144,7 +143,7 @@ class Run:
         self.state.update(iteration=iteration, frames=frames, seconds=self.state["seconds"] + elapsed)
         row: dict[str, log.Value] = {
             "iteration": iteration, "frames": frames, "seconds": round(self.state["seconds"], 3),
-            "frames_per_second": round(new_frames / max(elapsed, 1e-9), 1), **values,
+            "frames_per_second": round(new_frames / max(elapsed, 1e-9), 1), **values, **self.bar.compiled(),
         }
         self.table.append(row)
         log.track(self.tracker, row)
@@ -269,6 +268,8 @@ def launch(
         chosen.check()
         if _is_finished(chosen):
             return
+        if chosen.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
         # what is drawn without a generator of its own must not depend on what the process drew before
         start = seeds.derive(chosen.seed, "global")
         torch.manual_seed(start)

@@ -30,7 +30,13 @@ def derive(seed: int, stream: str) -> int:
 
 def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one stream on ``device``."""
-    return torch.Generator(device=device).manual_seed(derive(seed, stream))
+    return started(derive(seed, stream), device)
+
+
+def started(seed: int, device: torch.device | str | None = None) -> torch.Generator:
+    """A generator that starts at ``seed``, for tensors on ``device``; ``meta``, which draws nothing, gets a CPU's."""
+    device = torch.device("cpu" if device is None else device)
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
 
 @contextlib.contextmanager

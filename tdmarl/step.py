@@ -29,14 +29,11 @@ def adam(params: Sequence[Tensor], lr: float, mode: str = "auto", eps: float = 1
         eps (float): as the papers' code.
     """
     device = params[0].device
-    rate = torch.tensor(lr, device=device)
-    return torch.optim.Adam(
-        params,
-        rate,
-        eps=eps,
-        fused=device.type != "meta",
-        capturable=device.type == "cuda" and mode == "cudagraph",
-    )
+    capturable = device.type == "cuda" and mode == "cudagraph"
+    optim = torch.optim.Adam(params, lr, eps=eps, fused=True, capturable=capturable)
+    for group in optim.param_groups:  # given a tensor, Adam would read it
+        group["lr"] = torch.tensor(lr, device=device)
+    return optim
 
 
 @dataclass(frozen=True)
@@ -268,17 +265,17 @@ class Annealing:
         if frames < 1:
             raise ValueError(f"The annealing horizon must be at least one frame; got {frames}.")
         self.horizon, self.frames = frames, 0
-        self._numbers: list[tuple[Callable[[], Tensor], float]] = []
+        self._numbers: list[tuple[Callable[[], Tensor], Tensor]] = []
         for optim in optims:
             for index, group in enumerate(optim.param_groups):
                 if not isinstance(group["lr"], Tensor):
                     raise ValueError(
                         "Annealing changes lr in place: make the optimizer with lr=torch.tensor(...)."
                     )
-                start = float(group["lr"])
+                start = group["lr"].detach().to(torch.float64, copy=True)
                 self._numbers.append((lambda o=optim, i=index: o.param_groups[i]["lr"], start))  # type: ignore[misc]
         for module, name in buffers:
-            start = float(getattr(module, name))
+            start = getattr(module, name).detach().to(torch.float64, copy=True)
             self._numbers.append((lambda m=module, n=name: getattr(m, n), start))  # type: ignore[misc]
 
     def advance(self, frames: int) -> None:
@@ -286,7 +283,7 @@ class Annealing:
         self.frames += frames
         left = max(0.0, 1 - self.frames / self.horizon)
         for number, start in self._numbers:
-            number().fill_(start * left)
+            number().copy_(start * left)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is; the numbers themselves are in the step's state."""

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from tdmarl import tracing
+from tdmarl import host, tracing
 
 
 def target_pairs(loss: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,7 +140,7 @@ class TargetUpdate(nn.Module):
         self.count += 1
         if self.every == 1:
             self._move(self.tau)
-        elif self.count.device.type == "cpu" and not tracing.is_recording():  # reading it waits for nothing
+        elif host.is_free(self.count.device) and not tracing.is_recording():  # reading it waits for nothing
             if int(self.count) % self.every == self.due:
                 self._move(self.tau)
         else:  # lerp by 0 or 1 is exact

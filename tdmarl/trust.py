@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torchrl.modules import set_recurrent_mode
 
-from tdmarl import reduce
-from tdmarl.prepare import on_host
+from tdmarl import host, reduce
 from tdmarl.step import MODES
 
 
@@ -178,7 +177,7 @@ class TrustRegionStep:
                 torch.where(good, *pair) for pair in ((new, chosen), (kl, found), (gain, gained))
             )
             accepted = accepted | good
-            if on_host(old.device) and accepted:  # reading costs nothing, and the other lengths would
+            if host.is_free(old.device) and accepted:  # reading costs nothing, and the other lengths would
                 break
         self._write(chosen)
         return {"accepted": accepted.to(old.dtype), "kl": found, "surrogate_gain": gained}

@@ -36,10 +36,11 @@ ALGORITHMS = {
 def accelerate(learner, mode="trace"):
     """Records a learner's steps."""
     if hasattr(learner, "agents"):
-        learner._take = [CompiledStep(agent.step, mode) for agent in learner.agents]
-        return [*learner._take, *accelerate(learner.critic, mode)]
-    learner._take = CompiledStep(learner.step, mode)
-    return [learner._take]
+        if all(isinstance(agent.step, Step) for agent in learner.agents):  # those in a trust region are called as are
+            learner.accelerated = [CompiledStep(agent.step, mode) for agent in learner.agents]
+        return [x for x in learner.accelerated if isinstance(x, CompiledStep)] + accelerate(learner.critic, mode)
+    learner.accelerated = CompiledStep(learner.step, mode)
+    return [learner.accelerated]
 
 
 def trained(choices, make, mode, iterations=3):

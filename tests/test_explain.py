@@ -31,7 +31,7 @@ def test_what_is_compiled_says_so_before_and_after_its_first_use():
     before = explain(algo, env, collector)
     assert "trace (at its first use): VmasEnv of balance" in before
     assert "compile (at its first minibatch)" in before
-    algo.learner._take = CompiledStep(algo.learner.step, "trace")
+    algo.learner.accelerated = CompiledStep(algo.learner.step, "trace")
     algo.learner(collector.rollout())
     after = explain(algo, env, collector)
     assert "step of " in after and "the policy compiled, too" in after and "operations): PolicyLoss" in after
@@ -44,3 +44,10 @@ def test_why_something_does_not_run_compiled():
     with pytest.warns(UserWarning, match="has hooks"):
         algo.learner(tdmarl.Collector(env, algo.explore, frames_per_batch=20).rollout())
     assert "update      eager (the module 'PolicyLoss' has hooks)" in explain(algo, env)
+
+
+@pytest.mark.parametrize("make", [tdmarl.mappo, tdmarl.maddpg])
+def test_what_is_rounded(make):
+    env = ToyEnv()
+    plain, rounded = (explain(make(env, precision=name), env) for name in ("float32", "bfloat16"))
+    assert "bfloat16" not in plain and "networks    hidden layers multiply in bfloat16\n" in rounded

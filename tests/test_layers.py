@@ -12,10 +12,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
-    {"keys", "reduce", "seeds", "gru", "distributions", "tracing"},
+    {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host", "compiling"},
     {"cuda_graph", "frozen", "fast_tanh", "cpu_loops", "row_blocks"},
     {"nets"},
-    {"recurrent"},
+    {"recurrent", "precision"},
     {"actors"},
     {"critics", "mixers", "q_actors", "action_critics", "deterministic_actors"},
     {"buffers", "losses", "prepare", "step", "compiled_step", "targets", "trust"},
@@ -49,6 +49,9 @@ NO_ALGORITHMS = {
     "learners",
 }
 NO_ENVIRONMENTS = {
+    "compiling",
+    "precision",
+    "host",
     "keys",
     "reduce",
     "seeds",

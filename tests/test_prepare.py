@@ -90,7 +90,7 @@ def test_the_way_without_host_reads_gives_the_same(monkeypatch):
     other = advantage(critic())
     td = batch()
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a, **k: pytest.fail("read the host"))
-    monkeypatch.setattr("tdmarl.prepare.on_host", lambda device: False)
+    monkeypatch.setattr("tdmarl.host.is_free", lambda device: False)
     torch.testing.assert_close(other(td)["g", "advantage"], plain["g", "advantage"])
 
 
@@ -213,7 +213,7 @@ def test_a_recurrent_critic_values_true_last_observations_with_the_state_before_
         expected, before = by_hand(net, td, 0.9, 0.8)
     if not on_host:
         monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a, **k: pytest.fail("read the host"))
-        monkeypatch.setattr("tdmarl.prepare.on_host", lambda device: False)
+        monkeypatch.setattr("tdmarl.host.is_free", lambda device: False)
     prepare = advantage(critic)
     assert ("next", "g", "critic_hidden") not in prepare.in_keys and (
         "next",

@@ -38,6 +38,7 @@ TINY = [
 DISCRETE = ("iql", "qmix", "vdn")
 REPLAYING = (*DISCRETE, "maddpg")
 ITERATIONS = 10
+TIMES = "seconds", "frames_per_second", "compile_seconds"
 
 
 def tiny(recipe: Path) -> list[str]:
@@ -99,7 +100,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
     """The table without what a clock measured."""
     with (folder / "metrics.csv").open() as file:
         table = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ("seconds", "frames_per_second")} for row in table]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in table]
 
 
 def wait_for_rows(folder: Path, number: int, process: subprocess.Popen[str]) -> None:

@@ -22,7 +22,7 @@ from torchrl.checkpoint import Checkpoint, StateDictCheckpointAdapter
 from torchrl.data import Bounded, Composite, Unbounded
 
 from tdmarl import log, run
-from tdmarl.options import OffPolicyOptions
+from tdmarl.options import OffPolicyOptions, OnPolicyOptions
 from tdmarl.run import Options, Run, launch
 
 
@@ -391,6 +391,8 @@ def test_a_defect_in_the_loop_keeps_its_traceback() -> None:
         (["--sceanrio", "x"], "Unrecognized options: --sceanrio, x"),
         (["--num-envs", "many"], "Error parsing --num-envs"),
         (["--mode", "fast"], "--mode"),
+        (["--precision", "tf32", "--device", "cpu"], "tf32 is a GPU's way to multiply, and this run's device is cpu"),
+        (["--resume", "taken", "--precision", "bfloat16"], "--precision cannot change"),
         (["--out", "taken"], "taken already holds a run; --resume taken continues it"),
         (
             ["--resume", "taken", "--seed", "1", "--lr", "2"],
@@ -476,3 +478,16 @@ def test_updates_are_compiled_where_there_are_many_and_a_resumed_run_keeps_its_c
         config = {"options": {}, "specs": {}}
         log.write_config(tmp_path / name, config | {"algorithm": {"arguments": arguments}})
         assert mode(total_frames=512 * 1000, resume=str(tmp_path / name)) == "eager"
+
+
+def test_the_precision_is_the_networks_or_the_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    assert call("--out", "one", "--precision", "bfloat16", "--total-frames", "8") == 0
+    assert set_to == [] and json.loads(Path("one/config.json").read_text())["options"]["precision"] == "bfloat16"
+    monkeypatch.setattr(Options, "pick_device", lambda self: torch.device("cuda"))
+    launch(lambda options: None, TinyOptions, ["--precision", "tf32"])
+    assert set_to == ["high"]
+    kinds = (OnPolicyOptions, OffPolicyOptions)
+    for asked, given in (("tf32", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")):
+        assert [kind(precision=asked).arguments()["precision"] for kind in kinds] == [given] * 2

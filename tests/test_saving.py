@@ -19,6 +19,7 @@ from toys import ToyEnv
 
 from tdmarl import log
 from tdmarl.algorithms import ippo, maddpg, mappo, per_group
+from tdmarl.nets import AgentLinear
 from tdmarl.run import Options, Run
 from tdmarl.saving import SpecsOnly, load_policy
 
@@ -105,6 +106,17 @@ def test_the_loaded_policy_acts_as_the_trained_one(
     assert not any(parameter.requires_grad for parameter in policy.parameters()) and not policy.training
     with set_exploration_type(ExplorationType.RANDOM):
         assert not torch.equal(policy(observation())["agents", "action"], action)
+
+
+def test_the_loaded_policy_rounds_as_the_trained_one(tmp_path: Path) -> None:
+    algo = saved(tmp_path / "run", precision="bfloat16")
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        expected = algo.policy(observation())["agents", "action"]
+    policy = load_policy(tmp_path / "run")
+    assert torch.equal(policy(observation())["agents", "action"], expected)
+    for layer in [part for part in policy.modules() if isinstance(part, AgentLinear)]:
+        layer.products = None
+    assert not torch.equal(policy(observation())["agents", "action"], expected)
 
 
 def test_an_actor_of_ones_own_is_asked_for_and_filled(tmp_path: Path) -> None:

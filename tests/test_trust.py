@@ -156,7 +156,7 @@ def test_dead_rows_have_no_part():
 def test_a_search_without_reading_the_host_finds_the_same(monkeypatch):
     results = []
     for host in (True, False):
-        monkeypatch.setattr("tdmarl.trust.on_host", lambda device, host=host: host)
+        monkeypatch.setattr("tdmarl.host.is_free", lambda device, host=host: host)
         actor = actor_of([0.1, 0.4, -0.2])
         td = rows(actor, [1.0, -1.0, 0.3], torch.arange(3))
         found = TrustRegionStep(actor, max_kl=0.3, accept_ratio=0.7)(td)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -116,13 +118,79 @@ class ToyEnv(EnvBase):
         self.random.set_state(state_dict["random"])
 
 
+READS = {
+    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_static", "masked_select", "equal", "_unique2",
+    "unique_dim", "unique_consecutive", "repeat_interleave.Tensor",
+}  # fmt: skip
+
+
 class NoHostRead(TorchDispatchMode):
-    """Fails where the host reads a tensor: its value, or how many of its entries are set."""
+    """Fails where the host reads a tensor: its value, or how many of its entries are set.
+
+    ``numpy`` and ``tolist`` pass it by; on ``meta`` they raise, too.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        assert "_local_scalar_dense" not in name and "nonzero" not in name, f"the host reads a tensor: {name}"
+        name, overload = func.__name__, func.__name__.split(".")[0]
+        indices = args[1] if overload in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+        by_mask = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
+        assert not by_mask and not {name, overload} & READS, f"the host reads a tensor: {name}"
         return func(*args, **(kwargs or {}))
+
+
+class _FromNumbers(TorchFunctionMode):
+    """Notes the tensors on ``meta`` that are made from Python's numbers, which a GPU would have to be sent."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        makes = func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+        if makes and out.is_meta and not (args and isinstance(args[0], Tensor) and func is not Tensor.new_tensor):
+            self.made.append(f"{func.__name__}({args[-1]})")
+        return out
+
+
+class OnMeta(TorchDispatchMode):
+    """Lets whole iterations run on ``meta``, where a tensor has no values: who reads one fails.
+
+    Fused Adam, which has no kernel there, does nothing.
+
+    Args:
+        answers (bool): say 1 to who reads, as specs and networks do while they are built.
+
+    Attributes:
+        copied (list of str): operations that send tensors between the host and ``meta``, for which a GPU waits, too.
+    """
+
+    def __init__(self, answers=False):
+        super().__init__()
+        self.answers, self.copied = answers, []
+        self._numbers = _FromNumbers(self.copied)
+
+    def __enter__(self):
+        self._numbers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._numbers.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        if name.startswith("_fused_adam_"):
+            return None
+        if self.answers and name.startswith(("_local_scalar_dense", "allclose")) and args[0].is_meta:
+            return 1
+        out = func(*args, **(kwargs or {}))
+        if not name.startswith(("_record_function", "profiler")):
+            found = [x for x in pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            moved = [x for x in found if not x.is_meta and (x.ndim or "copy" in name)]
+            if moved and len(moved) < len(found) and any(x.is_meta for x in found):
+                self.copied.append(f"{name} of {[tuple(x.shape) for x in moved]}")
+        return out
 
 
 class SeededLinear(nn.Module):

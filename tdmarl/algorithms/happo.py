@@ -39,6 +39,7 @@ from tdmarl.keys import Group, check_chain, collected, team
 from tdmarl.learners import AgentUpdate, BatchBuffer, Learner, SequentialLearner
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import Sharing, Views
+from tdmarl.precision import set_precision
 from tdmarl.prepare import HAPPOFactor, JointAdvantage
 from tdmarl.recurrent import hidden_keys
 from tdmarl.step import Annealing, Part, Step, adam
@@ -82,6 +83,7 @@ def happo(
     optim: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     seed: int = 0,
     mode: str = "auto",
+    precision: str = "float32",
 ) -> Algorithm:
     """Builds HAPPO for a cooperative team; agents may differ in sizes, kinds of action and networks.
 
@@ -92,8 +94,8 @@ def happo(
         team_reward ("mean" or "sum"): how the agents' rewards become the team's.
         gamma, lmbda, clip_epsilon, entropy_coeff, num_epochs, minibatch_size, lr, critic_lr, max_grad_norm,
             value_clip, value_norm, huber_delta, anneal_frames, hidden, activation, layer_norm, gaussian,
-            recurrent, chunk_length, seed, mode: see :func:`tdmarl.mappo`; here each agent has its own epochs and
-            optimizer, and ``clip_epsilon=None`` clips no ratio, and values by 0.2. The factor of recurrent policies
+            recurrent, chunk_length, seed, mode, precision: see :func:`tdmarl.mappo`; here each agent has its own epochs
+            and optimizer, and ``clip_epsilon=None`` clips no ratio, and values by 0.2. The factor of recurrent policies
             is taken over whole batches, from the states where these begin.
         normalize_advantage (bool): standardize the joint advantage once, over each agent's live entries.
         critic_scope ("team" or "state"): what the team's one V sees.
@@ -134,6 +136,11 @@ def happo(
         agents, policy = _agents(env, list(members), actor, share_params, nets | {"gaussian": gaussian})
         if critic is None:
             critic = state_critic(env, group, scope=critic_scope, joint=True, **nets)
+    if trust is not None and precision != "float32":
+        raise ValueError(
+            f"precision={precision!r} has too few digits for conjugate gradients: a trust region needs 'float32'."
+        )
+    set_precision(precision, policy, critic, *(alone for _, _, alone in agents))
     norm = ValueNorm(device=members.groups[0].device) if value_norm else None
     if norm is not None:
         critic = NormalizedCritic(critic, {None: norm})

@@ -41,6 +41,7 @@ from tdmarl.keys import Team, check_chain, collected, team
 from tdmarl.learners import Learner
 from tdmarl.maddpg_loss import MADDPGLoss
 from tdmarl.nets import Sharing
+from tdmarl.precision import set_precision
 from tdmarl.prepare import RewardNorm
 from tdmarl.q_actors import EpsilonGreedy
 from tdmarl.replay import Replay
@@ -102,6 +103,7 @@ def maddpg(
     optim: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     seed: int = 0,
     mode: str = "auto",
+    precision: str = "float32",
 ) -> Algorithm:
     """Builds MADDPG for continuous and discrete actions, for one group of agents or for several that learn together.
 
@@ -150,6 +152,8 @@ def maddpg(
         optim (callable, optional): parameters to optimizer, in place of Adam; then ``lr`` is its own affair.
         seed (int): of initialization, minibatches, and what updates draw.
         mode (str): ``eager``, ``compile``, ``cudagraph`` or ``auto``; see :meth:`tdmarl.step.Step.accelerate`.
+        precision (str): ``float32``, or ``bfloat16`` for the products of the networks' hidden layers; see
+            :func:`tdmarl.set_precision`.
 
     Returns:
         Algorithm: the deterministic policy; explore, which adds noise; learner.
@@ -196,6 +200,7 @@ def maddpg(
                 env, group, scope=scope, twin=twin, share_params=share_critic_params, agent_id=agent_id_of_critic,
                 **nets,  # type: ignore[arg-type]
             )  # fmt: skip
+    set_precision(precision, actor, critic)
     norm = RewardNorm(device=device) if standardize_reward else None
     loss = MADDPGLoss(
         actor, critic, gamma=gamma, others=others, relaxation=relaxation, temperature=temperature,

@@ -32,6 +32,7 @@ from tdmarl.keys import Group, check_chain, collected, team
 from tdmarl.learners import BatchBuffer, Learner
 from tdmarl.losses import PolicyLoss, ValueLoss
 from tdmarl.nets import Sharing
+from tdmarl.precision import set_precision
 from tdmarl.prepare import Advantage
 from tdmarl.recurrent import CarryHidden, hidden_keys
 from tdmarl.step import Annealing, Part, Step, adam
@@ -75,6 +76,7 @@ def mappo(
     optim: Optim | None = None,
     seed: int = 0,
     mode: str = "auto",
+    precision: str = "float32",
 ) -> Algorithm:
     """Builds MAPPO for a team; the defaults are those of the paper's code.
 
@@ -115,6 +117,8 @@ def mappo(
         optim (callable, optional): parameters to optimizer, in place of Adam; then ``lr`` is its own affair.
         seed (int): of initialization and minibatches.
         mode (str): ``eager``, ``compile``, ``cudagraph`` or ``auto``; see :meth:`tdmarl.step.Step.accelerate`.
+        precision (str): ``float32``, or ``bfloat16`` for the products of the networks' hidden layers; see
+            :func:`tdmarl.set_precision`.
 
     Returns:
         Algorithm: policy, explore (the same; a recurrent critic watches, too) and learner.
@@ -142,6 +146,7 @@ def mappo(
                 share_params=share_critic_params,
                 **nets,
             )
+    set_precision(precision, *actors.values(), critic)
     norms: dict[str, ValueNorm] = {}
     if isinstance(critic, NormalizedCritic):
         norms = critic.moments  # it brings its own

@@ -31,6 +31,7 @@ from tdmarl.learners import Learner
 from tdmarl.mixers import qmix_mixer, vdn_mixer
 from tdmarl.mixing import MixingLoss
 from tdmarl.nets import Sharing
+from tdmarl.precision import set_precision
 from tdmarl.prepare import RewardNorm, TeamReward
 from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
 from tdmarl.replay import Replay
@@ -83,6 +84,7 @@ def q_learning(
     optim: Optim | None = None,
     seed: int = 0,
     mode: str = "auto",
+    precision: str = "float32",
 ) -> Algorithm:
     """Builds what :func:`iql`, :func:`vdn` and :func:`qmix` have in common, which is all but the mixer.
 
@@ -127,6 +129,8 @@ def q_learning(
         optim (callable, optional): parameters to optimizer, in place of Adam; then ``lr`` is its own affair.
         seed (int): of initialization and minibatches.
         mode (str): ``eager``, ``compile``, ``cudagraph`` or ``auto``; see :meth:`tdmarl.step.Step.accelerate`.
+        precision (str): ``float32``, or ``bfloat16`` for the products of the actor's hidden layers; see
+            :func:`tdmarl.set_precision`.
 
     Returns:
         Algorithm: the greedy policy; explore, which is epsilon-greedy; learner.
@@ -153,6 +157,7 @@ def q_learning(
                 env, group, share_params, hidden=hidden, activation=activation, layer_norm=layer_norm,
                 agent_id=agent_id, last_action=last_action, recurrent=recurrent, start=hidden_start, burn_in=burn_in,
             )  # fmt: skip
+    set_precision(precision, actor)
     epsilon = EpsilonGreedy(env, group, start=epsilon_start, end=epsilon_end, anneal_frames=epsilon_frames)
     explore = exploring(actor, epsilon)
     norm = RewardNorm(device=device) if standardize_reward else None

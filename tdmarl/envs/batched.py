@@ -10,6 +10,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
+from tdmarl import host, seeds
+
 ENDS = "done", "terminated", "truncated"
 Entries = dict[str, Any]
 
@@ -76,7 +78,7 @@ class BatchedEnv(EnvBase):
         super().__init__(device=device, batch_size=[num_envs])
         self.game, self.num_envs, self.max_steps = game, num_envs, max_steps
         self.group_map = {group: list(agents) for group, agents in game.group_map.items()}
-        self._random = torch.Generator(device).manual_seed(seed)
+        self._random = seeds.started(seed, device)
         self._state = self._start()
         specs = make_specs(self.group_map, game.actions(), self._show())
         self.full_action_spec_unbatched, self.full_observation_spec_unbatched = specs[:2]
@@ -149,7 +151,7 @@ class BatchedEnv(EnvBase):
             next_tensordict (TensorDict): ``tensordict["next"]`` of the step made last.
         """
         done = next_tensordict.get("done")
-        if done.device.type == "cpu" and not done.any():
+        if host.is_surely_false(done):
             return self._show()
         return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tdmarl import tracing
+from tdmarl import host, tracing
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import ENDS, Display
 from tdmarl.envs.layout import last, rows
@@ -29,11 +29,6 @@ class Transition(NamedTuple):
     totals: list[Tensor]  # of each episode up to this step
     following: list[Tensor]  # what is shown where finished environments are reset
     sums: list[Tensor]  # totals, begun anew in those
-
-
-def is_surely_false(flags: Tensor) -> bool:
-    """Whether no flag is set, if that is known without waiting: on a CPU, where memory is looked at; else no."""
-    return flags.device.type == "cpu" and not flags.numpy().any()
 
 
 class _Running:
@@ -54,7 +49,7 @@ class _Running:
         self._envs, self._spare_resets, self._mode = core.simulation.envs, spare_resets, mode
         # On a CPU it is known when an environment has no spare left; elsewhere nobody asks.
         self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
-        self._period *= core.simulation.device.type != "cpu"
+        self._period *= not host.is_free(core.simulation.device)
         self._spares: list[Tensor] | None = None
         self._own: dict[str, Tensor] | None = None
         self._until_refill, self._lacks = 0, True
@@ -108,7 +103,7 @@ class _Running:
         """
         shown, (rewards, totals, sums) = self._advance(self._actions(entries), sums)
         mask = shown[self._done].squeeze(-1)
-        following = shown if is_surely_false(mask) else self._restart(mask, shown)
+        following = shown if host.is_surely_false(mask) else self._restart(mask, shown)
         return Transition(shown, rewards, totals, following, sums)
 
     def _actions(self, entries: Any) -> list[Tensor]:
@@ -142,7 +137,7 @@ class _Running:
             spares = self._filled(state)
             *outputs, lacks = recording.take(state + leaves + spares + [mask])
             self._spares = outputs[n + m :] + spares[3:]
-            self._lacks = not is_surely_false(lacks)
+            self._lacks = not host.is_surely_false(lacks)
         else:
             outputs = recording.renew(state + leaves + [mask])
         self._hold(outputs[:n])

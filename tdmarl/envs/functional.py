@@ -21,6 +21,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tdmarl import host
 from tdmarl.envs.choices import Draws, Entities
 from tdmarl.envs.masks import FixedSize
 from tdmarl.envs.scenarios import adapt, make_scenario, origins, replaced
@@ -69,7 +70,7 @@ class Simulation:
         self.draws = Draws(envs, device)
         # Football's scripted players draw for the environments that a mask selects, and would depend on
         # neighbours.
-        self.fixed_size = device.type != "cpu" or "football" in origins(scenario)
+        self.fixed_size = not host.is_free(device) or "football" in origins(scenario)
         _bind_replacements(scenario)
         adapt(scenario)
 
@@ -470,7 +471,7 @@ class Merge:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
-        self.rows = mask.nonzero().squeeze(-1) if mask.device.type == "cpu" else None
+        self.rows = mask.nonzero().squeeze(-1) if host.is_free(mask.device) else None
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         """A new tensor of both; what has no rows, being one for the batch, stays as it is."""

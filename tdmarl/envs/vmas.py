@@ -12,9 +12,10 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import MarlGroupMapType
 
+from tdmarl import compiling, host
 from tdmarl.envs.actions import ActionOptions
 from tdmarl.envs.capture import Part
-from tdmarl.envs.compiled import CompiledVmas, is_surely_false
+from tdmarl.envs.compiled import CompiledVmas
 from tdmarl.envs.functional import FunctionalVmas, Merge
 from tdmarl.envs.groups import Display, Group, make_groups, make_specs
 from tdmarl.envs.scenarios import replaced
@@ -83,7 +84,8 @@ class _Compiled(EnvBase):
                 self._fall_back(f"its Python values changed {_MOST_BUILDS} times")
                 return self
             try:
-                self._compiled = self._make_compiled()
+                with compiling.announced("the simulation"):
+                    self._compiled = self._make_compiled()
             except Exception as error:  # whatever tracing and compiling come upon; eager always works
                 self._fall_back(
                     str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
@@ -335,7 +337,7 @@ class VmasEnv(_Saved):
         if compiled is not None:
             self._last = self._tensordict(compiled.reset(mask, self._last))
             return self._last.copy()
-        spares = self.spare_resets and mask.device.type == "cpu"
+        spares = self.spare_resets and host.is_free(mask.device)
         out = (self.core.restart_from_spares if spares else self.core.restart)(mask)
         shown = self._display(out, self.core.simulation.steps)
         self._last = self._tensordict(self._display.with_ends(_merged(Merge(mask), shown, self._last)))
@@ -363,7 +365,7 @@ class VmasEnv(_Saved):
             A new tensordict [E] with the observation entries and done, terminated, truncated; no reward.
         """
         done = next_tensordict.get("done")
-        if is_surely_false(done):
+        if host.is_surely_false(done):
             return self._last.copy()
         return self._reset(TensorDict({"_reset": done}, batch_size=self.batch_size, device=self.device))
 

@@ -542,7 +542,7 @@ def recorded(algo):
             found[-1] |= {"measured": kl[mask].mean().item(), "gained": gain.item()}
             return metrics
 
-        algo.learner._take[i] = take
+        algo.learner.accelerated[i] = take
     return found
 
 
