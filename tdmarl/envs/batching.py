@@ -7,6 +7,7 @@ operations that are equal but for their inputs, and do not depend on each other,
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ def batched(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
         graph (GraphModule): without mutation.
         inputs (list of Tensor): example inputs.
     """
+    graph = copy.deepcopy(graph)
     _fill_by_shape(graph.graph, inputs[0].device)
     _add_at_once(graph, inputs[0].device)
     with torch.no_grad():
@@ -177,7 +179,9 @@ class _Batches:
         self._order = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.values: dict[fx.Node, Any] = {}
         self.plain: dict[fx.Node, Any] = {}  # those values that are no members
-        self._stacks: dict[Any, tuple[Tensor, dict[Any, int]]] = {}  # with the places of nodes and stacks in them
+        self._stacks: dict[
+            Any, tuple[Tensor, dict[Any, int]]
+        ] = {}  # with the places of nodes and stacks in them
         self._moved: dict[tuple[fx.Node, int], Tensor] = {}
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
@@ -285,7 +289,11 @@ class _Batches:
     def _alone(self, node: fx.Node) -> Any:
         if node.target in _JOINS:
             runs = self._runs([(x,) for x in node.args[0]])
-            if any(self._source(run[0][0]) is not None or 2 * len(set(run)) <= len(run) for run in runs if len(run) > 2):
+            if any(
+                self._source(run[0][0]) is not None or 2 * len(set(run)) <= len(run)
+                for run in runs
+                if len(run) > 2
+            ):
                 return self._join([node])[0]
         args, kwargs = pytree.tree_map_only(fx.Node, self._one, (node.args, node.kwargs))
         return node.target(*args, **kwargs)
@@ -304,7 +312,11 @@ class _Batches:
                 isnode = isinstance(column[0], fx.Node)
                 shared = not isnode or all(x is column[0] for x in column)
                 leaves.append(
-                    column[0] if not isnode else self._one(column[0]) if shared else self._gather(list(column))
+                    column[0]
+                    if not isnode
+                    else self._one(column[0])
+                    if shared
+                    else self._gather(list(column))
                 )
                 dims.append(None if shared else 0)
             batch = [x for x, dim in zip(leaves, dims) if dim == 0]
@@ -328,7 +340,9 @@ class _Batches:
         rest = []
         for node in unique:
             value = self.values[node]
-            if isinstance(value, _Member) and (len(used) == 1 or 2 * used[id(value.stack)] >= len(value.stack)):
+            if isinstance(value, _Member) and (
+                len(used) == 1 or 2 * used[id(value.stack)] >= len(value.stack)
+            ):
                 whole[id(value.stack)] = value.stack
             else:
                 rest.append(node)

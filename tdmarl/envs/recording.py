@@ -33,8 +33,7 @@ from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last, rows
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
-import os
-_MANY = int(os.environ.get("MANY", "600"))  # operations of a graph whose equal ones become one
+_MANY = 600  # operations of a graph whose equal ones become one
 # A picture needs these, whatever agents observe.
 _SEEN = "_state._pos", "_state._rot", "._render", "._color", "._last_measurement"
 
@@ -323,8 +322,12 @@ class Recording(_Resets):
 
 
 def _in_few(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
-    """A graph of many operations in fewer; a small one is faster as it is."""
-    return batched(graph, inputs) if tracing.operations(graph) > _MANY else graph
+    """A graph of many operations with equal ones made one; where few are equal it is faster as it is."""
+    many = tracing.operations(graph)
+    if many <= _MANY:
+        return graph
+    found = batched(graph, inputs)
+    return found if 3 * tracing.operations(found) <= 2 * many else graph
 
 
 def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]:
