@@ -20,6 +20,8 @@ from tdmarl.tracing import describe, is_draw, record, simplify
 
 aten = torch.ops.aten
 
+Node = Any  # an `fx.Node`, of whose arguments a type checker knows nothing
+
 _JOINS = {aten.cat.default, aten.stack.default}
 _SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _LONG = 4  # terms of a sum that is taken at once
@@ -55,7 +57,8 @@ def batched(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
 
 def _fill_by_shape(graph: fx.Graph, device: torch.device) -> None:
     """Tensors that are filled depend on nothing but their shape."""
-    for node in list(graph.nodes):
+    nodes: list[Node] = list(graph.nodes)
+    for node in nodes:
         if node.target in (aten.zeros_like.default, aten.full_like.default, aten.fill.Scalar):
             value = 0 if node.target is aten.zeros_like.default else node.args[1]
             args, kwargs = (list(node.meta["shape"]), value), dict(dtype=node.meta["dtype"], device=device)
@@ -88,12 +91,13 @@ def _adds_nothing(node: Any) -> bool:
 def _add_at_once(graph: fx.GraphModule, device: torch.device) -> None:
     """Chains ``x + a - b + ...`` become ``x`` and one sum of a stack, in which a term that comes again is weighted."""
     _subtract_where(graph.graph)
-    inner: set[fx.Node] = set()
-    for node in reversed(list(graph.graph.nodes)):
+    inner: set[Node] = set()
+    nodes: list[Node] = list(graph.graph.nodes)
+    for node in reversed(nodes):
         if node in inner or not _is_sum(node):
             continue
-        terms: list[fx.Node] = []
-        signs: Counter[fx.Node] = Counter()
+        terms: list[Node] = []
+        signs: Counter[Node] = Counter()
         first = node
         while _is_sum(first) and (first is node or len(first.users) == 1):
             inner.add(first)
@@ -112,7 +116,7 @@ def _add_at_once(graph: fx.GraphModule, device: torch.device) -> None:
     graph.graph.eliminate_dead_code()
 
 
-def _weighted(graph: fx.GraphModule, weights: dict[fx.Node, float], device: torch.device) -> fx.Node:
+def _weighted(graph: fx.GraphModule, weights: dict[Node, float], device: torch.device) -> Node:
     """The sum of terms by their weights."""
     meta = next(iter(weights)).meta
     shape, dtype = meta["shape"], meta["dtype"]
@@ -135,15 +139,17 @@ def _is_sum(node: Any) -> bool:
     """Whether a node adds to or subtracts from a tensor another one of its shape."""
     if not (isinstance(node, fx.Node) and node.op == "call_function" and node.target in _SUMS):
         return False
-    if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+    operands: tuple[Node, ...] = node.args
+    if node.kwargs or len(operands) != 2 or not all(isinstance(a, fx.Node) for a in operands):
         return False
-    same = all(a.meta.get(k) == node.meta.get(k) for a in node.args for k in ("shape", "dtype"))
+    same = all(a.meta.get(k) == node.meta.get(k) for a in operands for k in ("shape", "dtype"))
     return same and node.meta["dtype"].is_floating_point
 
 
 def _subtract_where(graph: fx.Graph) -> None:
     """``where(m, x - 1, x)`` is ``x - where(m, 1, 0)``, a term of a chain."""
-    for node in list(graph.nodes):
+    nodes: list[Node] = list(graph.nodes)
+    for node in nodes:
         if node.target is not aten.where.self:
             continue
         mask, new, old = node.args
@@ -177,21 +183,21 @@ class _Batches:
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
         self._order = {node: i for i, node in enumerate(graph.graph.nodes)}
-        self.values: dict[fx.Node, Any] = {}
-        self.plain: dict[fx.Node, Any] = {}  # those values that are no members
+        self.values: dict[Node, Any] = {}
+        self.plain: dict[Node, Any] = {}  # those values that are no members
         self._stacks: dict[
             Any, tuple[Tensor, dict[Any, int]]
         ] = {}  # with the places of nodes and stacks in them
-        self._moved: dict[tuple[fx.Node, int], Tensor] = {}
+        self._moved: dict[tuple[Node, int], Tensor] = {}
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
         """What the graph returns."""
         given = iter(inputs)
         *nodes, output = self.graph.graph.nodes
-        waits: dict[fx.Node, int] = {}  # for how many nodes
-        users: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        waits: dict[Node, int] = {}  # for how many nodes
+        users: dict[Node, list[Node]] = defaultdict(list)
         left = Counter(map(_kind, nodes))
-        ready: dict[Any, list[fx.Node]] = defaultdict(list)
+        ready: dict[Any, list[Node]] = defaultdict(list)
         draw = None
         for node in nodes:
             before = set(node.all_input_nodes)
@@ -222,12 +228,12 @@ class _Batches:
                         ready[_kind(user)].append(user)
         return [self._one(x) for x in output.args[0]]
 
-    def _compute(self, nodes: list[fx.Node]) -> None:
+    def _compute(self, nodes: list[Node]) -> None:
         """Values of operations of one kind."""
         first = nodes[0]
         if first.target in _ENTRIES:
             nodes = [node for node in nodes if not self._picks(node)]
-        groups: dict[Any, list[fx.Node]] = defaultdict(list)
+        groups: dict[Any, list[Node]] = defaultdict(list)
         for node in nodes:
             sources = None if node.target in _JOINS else [self._source(x) for x in node.all_input_nodes]
             rest = node.args[1:] if first.target is aten.select.int else None
@@ -239,7 +245,7 @@ class _Batches:
                 for node in group:
                     self.values[node] = self._alone(node)
 
-    def _is_worth(self, nodes: list[fx.Node]) -> bool:
+    def _is_worth(self, nodes: list[Node]) -> bool:
         """Whether nodes become one operation.
 
         Not if they are only returned, or only views, and would have to be stacked for that.
@@ -254,11 +260,11 @@ class _Batches:
         stacked = all(x in shared or self._source(x) is not None for x in first.all_input_nodes)
         return len(nodes) >= _MANY and (stacked or not returned and first.target not in _VIEWS)
 
-    def _source(self, node: fx.Node) -> Any:
+    def _source(self, node: Node) -> Any:
         value = self.values[node]
         return id(value.stack) if isinstance(value, _Member) else None
 
-    def _picks(self, node: fx.Node) -> bool:
+    def _picks(self, node: Node) -> bool:
         """Whether a node is an entry of something and known without an operation; those of one tensor are members."""
         x, *rest = node.args
         value = self.values[x]
@@ -277,7 +283,7 @@ class _Batches:
         self.values[node] = members[places[0]] if places else members
         return True
 
-    def _one(self, node: fx.Node) -> Any:
+    def _one(self, node: Node) -> Any:
         """The value of a node by itself."""
         value = self.values[node]
         if not isinstance(value, _Member):
@@ -286,7 +292,7 @@ class _Batches:
             self.plain[node] = pytree.tree_map(lambda stack: stack[value.place], value.stack)
         return self.plain[node]
 
-    def _alone(self, node: fx.Node) -> Any:
+    def _alone(self, node: Node) -> Any:
         if node.target in _JOINS:
             runs = self._runs([(x,) for x in node.args[0]])
             if any(
@@ -298,7 +304,7 @@ class _Batches:
         args, kwargs = pytree.tree_map_only(fx.Node, self._one, (node.args, node.kwargs))
         return node.target(*args, **kwargs)
 
-    def _together(self, nodes: list[fx.Node]) -> None:
+    def _together(self, nodes: list[Node]) -> None:
         """One operation for all nodes."""
         first = nodes[0]
         if first.target in _JOINS:
@@ -332,7 +338,7 @@ class _Batches:
         for place, node in enumerate(nodes):
             self.values[node] = _Member(stack, place)
 
-    def _gather(self, nodes: list[fx.Node]) -> Tensor:
+    def _gather(self, nodes: list[Node]) -> Tensor:
         """Values of nodes, stacked."""
         unique = list(dict.fromkeys(nodes))
         used = Counter(map(self._source, unique))
@@ -361,7 +367,7 @@ class _Batches:
         }
         return _picked(stack, [places[node] for node in nodes])
 
-    def _join(self, nodes: list[fx.Node]) -> Tensor:
+    def _join(self, nodes: list[Node]) -> Tensor:
         """`cat` or `stack` of each node's tensors, stacked; neighbours from one source are picked together."""
         first, g = nodes[0], len(nodes)
         dim = (first.args[1] if len(first.args) > 1 else 0) % len(first.meta["shape"])
@@ -377,7 +383,7 @@ class _Batches:
             parts.append(x.flatten(1 + dim, 2 + dim) if cat else x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1 + dim)
 
-    def _runs(self, columns: list[tuple[fx.Node, ...]]) -> list[list[tuple[fx.Node, ...]]]:
+    def _runs(self, columns: list[tuple[Node, ...]]) -> list[list[tuple[Node, ...]]]:
         """Neighbours of one shape and source."""
         runs: list[list[Any]] = []
         last: Any = None
@@ -391,8 +397,8 @@ class _Batches:
         return runs
 
 
-def _is_first(node: fx.Node) -> bool:
-    """Whether a node never waits: random numbers are drawn in their order, and entries are known without an operation."""
+def _is_first(node: Node) -> bool:
+    """Whether a node never waits: random numbers are drawn in order, and entries are known without an operation."""
     return is_draw(node) or node.target in _ENTRIES
 
 
@@ -406,7 +412,7 @@ def _picked(stack: Tensor, places: list[int]) -> Tensor:
     return stack.index_select(0, torch.tensor(places, device=stack.device))
 
 
-def _kind(node: fx.Node) -> Any:
+def _kind(node: Node) -> Any:
     """What is the same for operations that can be one: all but the inputs' values."""
     if node.op != "call_function":
         return node.op

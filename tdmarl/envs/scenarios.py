@@ -262,7 +262,7 @@ def _simple_push(scenario: Any) -> None:
 def _simple_spread(scenario: Any) -> None:
     """The same reward with each distance taken once; VMAS's loops measure every distance once for each agent."""
     kinds = type(scenario).__mro__
-    shipped = next(kind for kind in kinds if kind.__module__ == "vmas.scenarios.mpe.simple_spread")
+    shipped: Any = next(kind for kind in kinds if kind.__module__ == "vmas.scenarios.mpe.simple_spread")
     if type(scenario).reward is not shipped.reward:  # a derived scenario's own
         return
     world = scenario.world
