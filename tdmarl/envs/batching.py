@@ -36,6 +36,7 @@ _VIEWS = {
     aten.squeeze.dim,
     aten.slice.Tensor,
 }
+_PARTS = {aten.slice.Tensor: (1, 3), aten.slice_scatter.default: (2, 4)}  # places of dimension and end
 _ENTRIES = {operator.getitem, aten.select.int, aten.unbind.int}
 
 
@@ -47,7 +48,7 @@ def batched(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
         inputs (list of Tensor): example inputs.
     """
     graph = copy.deepcopy(graph)
-    _fill_by_shape(graph.graph, inputs[0].device)
+    _prepare(graph.graph, inputs[0].device)
     _add_at_once(graph, inputs[0].device)
     with torch.no_grad():
         found = record(_Batches(graph).run, inputs)
@@ -55,14 +56,23 @@ def batched(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
     return found
 
 
-def _fill_by_shape(graph: fx.Graph, device: torch.device) -> None:
-    """Tensors that are filled depend on nothing but their shape."""
+def _prepare(graph: fx.Graph, device: torch.device) -> None:
+    """Filled tensors depend on their shape alone, nothing neutral is added, and parts end where their tensor does.
+
+    `torch.vmap` cannot write into a part that ends at the largest integer, which is Python's way to say the end.
+    """
     nodes: list[Node] = list(graph.nodes)
     for node in nodes:
         if node.target in (aten.zeros_like.default, aten.full_like.default, aten.fill.Scalar):
             value = 0 if node.target is aten.zeros_like.default else node.args[1]
             args, kwargs = (list(node.meta["shape"]), value), dict(dtype=node.meta["dtype"], device=device)
             target = aten.full.default
+        elif node.target in _PARTS:
+            dim, end = _PARTS[node.target]
+            if len(node.args) > end and node.args[end] is not None:
+                size = node.args[0].meta["shape"][node.args[dim]]
+                node.args = (*node.args[:end], min(node.args[end], size), *node.args[end + 1 :])
+            continue
         elif _adds_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -334,7 +344,11 @@ class _Batches:
                 )
                 return first.target(*args, **kwargs)
 
-            stack = torch.vmap(call)(*batch)
+            try:
+                stack = torch.vmap(call)(*batch)
+            except RuntimeError:  # it has no rule for this operation
+                self.values.update({node: self._alone(node) for node in nodes})
+                return
         for place, node in enumerate(nodes):
             self.values[node] = _Member(stack, place)
 

@@ -53,7 +53,7 @@ def written(*x: Tensor) -> list[Tensor]:
     for a in x:
         a = a.clone()
         a[:, 0] = 3
-        a[:, 1] += a[:, 0]
+        a[:, 1:] += a[:, :1]
         found.append(torch.where(a > 0, a, 0.0)[:, [1, 0]])
     return found
 
@@ -65,6 +65,15 @@ def test_values_are_those_of_the_loops(function: Loop) -> None:
     for a, b in zip(expected, found):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_what_vmap_cannot_do_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> Any:
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(torch, "vmap", refuse)
+    expected, found, _ = both(distances, positions(4))
+    assert torch.equal(expected[0], found[0])
 
 
 @pytest.mark.parametrize("function, most", [(distances, 9), (seen, 12)])
