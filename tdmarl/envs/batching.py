@@ -187,18 +187,122 @@ class _Member(NamedTuple):
     place: int
 
 
-class _Batches:
-    """Runs a graph, equal operations together."""
+class _Values:
+    """What was computed so far, and pieces of it put together."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
         self._order = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.values: dict[Node, Any] = {}
         self.plain: dict[Node, Any] = {}  # those values that are no members
-        self._stacks: dict[
-            Any, tuple[Tensor, dict[Any, int]]
-        ] = {}  # with the places of nodes and stacks in them
+        self._stacks: dict[Any, tuple[Tensor, dict[Any, int]]] = {}  # with places of nodes and stacks
         self._moved: dict[tuple[Node, int], Tensor] = {}
+
+    def _source(self, node: Node) -> Any:
+        value = self.values[node]
+        return id(value.stack) if isinstance(value, _Member) else None
+
+    def _picks(self, node: Node) -> bool:
+        """Whether a node is an entry of something and known without an operation; those of one tensor are members."""
+        x, *rest = node.args
+        value = self.values[x]
+        if node.target is operator.getitem:
+            (place,) = rest
+            member = isinstance(value, _Member)
+            self.values[node] = value._replace(stack=value.stack[place]) if member else value[place]
+            return True
+        if isinstance(value, _Member):
+            return False
+        dim, *places = rest or [0]
+        if (x, dim) not in self._moved:
+            self._moved[x, dim] = value.movedim(dim, 0)
+        stack = self._moved[x, dim]
+        members = [_Member(stack, place) for place in range(len(stack))]
+        self.values[node] = members[places[0]] if places else members
+        return True
+
+    def _one(self, node: Node) -> Any:
+        """The value of a node by itself."""
+        value = self.values[node]
+        if not isinstance(value, _Member):
+            return value
+        if node not in self.plain:
+            self.plain[node] = pytree.tree_map(lambda stack: stack[value.place], value.stack)
+        return self.plain[node]
+
+    def _alone(self, node: Node) -> Any:
+        if node.target in _JOINS:
+            runs = self._runs([(x,) for x in node.args[0]])
+            if any(
+                self._source(run[0][0]) is not None or 2 * len(set(run)) <= len(run)
+                for run in runs
+                if len(run) > 2
+            ):
+                return self._join([node])[0]
+        args, kwargs = pytree.tree_map_only(fx.Node, self._one, (node.args, node.kwargs))
+        return node.target(*args, **kwargs)
+
+    def _gather(self, nodes: list[Node]) -> Tensor:
+        """Values of nodes, stacked."""
+        unique = list(dict.fromkeys(nodes))
+        used = Counter(map(self._source, unique))
+        whole: dict[int, Tensor] = {}  # stacks of which much is used
+        rest = []
+        for node in unique:
+            value = self.values[node]
+            if isinstance(value, _Member) and (
+                len(used) == 1 or 2 * used[id(value.stack)] >= len(value.stack)
+            ):
+                whole[id(value.stack)] = value.stack
+            else:
+                rest.append(node)
+        key = frozenset([*whole, *rest])
+        if key not in self._stacks:
+            parts = [*whole.values(), *([torch.stack([self._one(node) for node in rest])] if rest else [])]
+            starts, start = {}, 0
+            for name, stack in whole.items():
+                starts[name], start = start, start + len(stack)
+            starts |= {node: start + i for i, node in enumerate(rest)}
+            self._stacks[key] = parts[0] if len(parts) == 1 else torch.cat(parts), starts
+        stack, starts = self._stacks[key]
+        places = {
+            node: starts[node] if node in starts else starts[self._source(node)] + self.values[node].place
+            for node in unique
+        }
+        return _picked(stack, [places[node] for node in nodes])
+
+    def _join(self, nodes: list[Node]) -> Tensor:
+        """`cat` or `stack` of each node's tensors, stacked; neighbours from one source are picked together."""
+        first, g = nodes[0], len(nodes)
+        dim = (first.args[1] if len(first.args) > 1 else 0) % len(first.meta["shape"])
+        cat = first.target is aten.cat.default
+        parts = []
+        for run in self._runs(list(zip(*[node.args[0] for node in nodes]))):
+            k, shape = len(run), run[0][0].meta["shape"]
+            x = self._gather([column[i] for i in range(g) for column in run])  # [g * k, ...]
+            if k == 1 and cat:
+                parts.append(x)
+                continue
+            x = x.view(g, k, *shape).movedim(1, 1 + dim)  # [g, ..., k, ...]
+            parts.append(x.flatten(1 + dim, 2 + dim) if cat else x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1 + dim)
+
+    def _runs(self, columns: list[tuple[Node, ...]]) -> list[list[tuple[Node, ...]]]:
+        """Neighbours of one shape and source."""
+        runs: list[list[Any]] = []
+        last: Any = None
+        for column in columns:
+            sources = {self._source(x) for x in column}
+            found = sources if len(sources) == 1 else "several", column[0].meta["shape"]
+            if found != last:
+                runs.append([])
+            runs[-1].append(column)
+            last = found
+        return runs
+
+
+class _Batches(_Values):
+    """Runs a graph, equal operations together."""
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
         """What the graph returns."""
@@ -270,50 +374,6 @@ class _Batches:
         stacked = all(x in shared or self._source(x) is not None for x in first.all_input_nodes)
         return len(nodes) >= _MANY and (stacked or not returned and first.target not in _VIEWS)
 
-    def _source(self, node: Node) -> Any:
-        value = self.values[node]
-        return id(value.stack) if isinstance(value, _Member) else None
-
-    def _picks(self, node: Node) -> bool:
-        """Whether a node is an entry of something and known without an operation; those of one tensor are members."""
-        x, *rest = node.args
-        value = self.values[x]
-        if node.target is operator.getitem:
-            (place,) = rest
-            member = isinstance(value, _Member)
-            self.values[node] = value._replace(stack=value.stack[place]) if member else value[place]
-            return True
-        if isinstance(value, _Member):
-            return False
-        dim, *places = rest or [0]
-        if (x, dim) not in self._moved:
-            self._moved[x, dim] = value.movedim(dim, 0)
-        stack = self._moved[x, dim]
-        members = [_Member(stack, place) for place in range(len(stack))]
-        self.values[node] = members[places[0]] if places else members
-        return True
-
-    def _one(self, node: Node) -> Any:
-        """The value of a node by itself."""
-        value = self.values[node]
-        if not isinstance(value, _Member):
-            return value
-        if node not in self.plain:
-            self.plain[node] = pytree.tree_map(lambda stack: stack[value.place], value.stack)
-        return self.plain[node]
-
-    def _alone(self, node: Node) -> Any:
-        if node.target in _JOINS:
-            runs = self._runs([(x,) for x in node.args[0]])
-            if any(
-                self._source(run[0][0]) is not None or 2 * len(set(run)) <= len(run)
-                for run in runs
-                if len(run) > 2
-            ):
-                return self._join([node])[0]
-        args, kwargs = pytree.tree_map_only(fx.Node, self._one, (node.args, node.kwargs))
-        return node.target(*args, **kwargs)
-
     def _together(self, nodes: list[Node]) -> None:
         """One operation for all nodes."""
         first = nodes[0]
@@ -351,64 +411,6 @@ class _Batches:
                 return
         for place, node in enumerate(nodes):
             self.values[node] = _Member(stack, place)
-
-    def _gather(self, nodes: list[Node]) -> Tensor:
-        """Values of nodes, stacked."""
-        unique = list(dict.fromkeys(nodes))
-        used = Counter(map(self._source, unique))
-        whole: dict[int, Tensor] = {}  # stacks of which much is used
-        rest = []
-        for node in unique:
-            value = self.values[node]
-            if isinstance(value, _Member) and (
-                len(used) == 1 or 2 * used[id(value.stack)] >= len(value.stack)
-            ):
-                whole[id(value.stack)] = value.stack
-            else:
-                rest.append(node)
-        key = frozenset([*whole, *rest])
-        if key not in self._stacks:
-            parts = [*whole.values(), *([torch.stack([self._one(node) for node in rest])] if rest else [])]
-            starts, start = {}, 0
-            for name, stack in whole.items():
-                starts[name], start = start, start + len(stack)
-            starts |= {node: start + i for i, node in enumerate(rest)}
-            self._stacks[key] = parts[0] if len(parts) == 1 else torch.cat(parts), starts
-        stack, starts = self._stacks[key]
-        places = {
-            node: starts[node] if node in starts else starts[self._source(node)] + self.values[node].place
-            for node in unique
-        }
-        return _picked(stack, [places[node] for node in nodes])
-
-    def _join(self, nodes: list[Node]) -> Tensor:
-        """`cat` or `stack` of each node's tensors, stacked; neighbours from one source are picked together."""
-        first, g = nodes[0], len(nodes)
-        dim = (first.args[1] if len(first.args) > 1 else 0) % len(first.meta["shape"])
-        cat = first.target is aten.cat.default
-        parts = []
-        for run in self._runs(list(zip(*[node.args[0] for node in nodes]))):
-            k, shape = len(run), run[0][0].meta["shape"]
-            x = self._gather([column[i] for i in range(g) for column in run])  # [g * k, ...]
-            if k == 1 and cat:
-                parts.append(x)
-                continue
-            x = x.view(g, k, *shape).movedim(1, 1 + dim)  # [g, ..., k, ...]
-            parts.append(x.flatten(1 + dim, 2 + dim) if cat else x)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1 + dim)
-
-    def _runs(self, columns: list[tuple[Node, ...]]) -> list[list[tuple[Node, ...]]]:
-        """Neighbours of one shape and source."""
-        runs: list[list[Any]] = []
-        last: Any = None
-        for column in columns:
-            sources = {self._source(x) for x in column}
-            found = sources if len(sources) == 1 else "several", column[0].meta["shape"]
-            if found != last:
-                runs.append([])
-            runs[-1].append(column)
-            last = found
-        return runs
 
 
 def _is_first(node: Node) -> bool:
