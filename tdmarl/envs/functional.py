@@ -482,6 +482,9 @@ class Merge:
         return old.index_copy(0, self.rows, new.index_select(0, self.rows))
 
 
+_FITS = 1e6  # beyond any room that there is
+
+
 def find_position(
     occupied_positions: Tensor,
     env_index: int | None,
@@ -503,8 +506,8 @@ def find_position(
     if occupied_positions.shape[1] == 0:
         return proposals[:, :1]
     room = (proposals[:, :, None] - occupied_positions[:, None]).norm(dim=-1).amin(-1)  # [E, 64]
-    fits = room >= min_dist_between_entities
-    first = torch.where(fits.any(1), fits.to(torch.int8).argmax(1), room.argmax(1))  # [E]
+    order = _FITS - torch.arange(64, device=world.device)  # the first that fits is the largest
+    first = torch.where(room >= min_dist_between_entities, order, room).argmax(1)  # [E]
     return proposals.gather(1, first[:, None, None].expand(batch, 1, 2))
 
 

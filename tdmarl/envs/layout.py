@@ -197,6 +197,8 @@ class _Rewriter:
             return self.join(target, *args, **kwargs)
         elif target in _COPIES or torch.Tag.pointwise in getattr(target, "tags", ()):
             return self.pointwise(target, args, kwargs)
+        elif target is aten.index_select.default:
+            return self.pick(*args)
         elif target in _ALONG:
             return self.along(target, args, kwargs)
         return self.emit(target, *args, **kwargs)
@@ -248,6 +250,14 @@ class _Rewriter:
         place = places[0]
         moved = [self.move(t, place, -1) for t in tensors]
         return self.move(self.emit(aten.cat.default, moved, dim - (dim > place)), -1, place)
+
+    def pick(self, x: _Value, dim: int, index: _Value) -> Any:
+        """`index_select`."""
+        place, dim = _place(x.shape, self.envs), dim % max(x.ndim, 1)
+        if place is None or place == dim:
+            return self.emit(aten.index_select.default, x, dim, index)
+        x = self.move(x, place, -1)
+        return self.move(self.emit(aten.index_select.default, x, dim - (dim > place), index), -1, place)
 
     def along(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Operations along dimensions: reductions, sorts, gathers, scatters into a slice."""

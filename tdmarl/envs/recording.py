@@ -26,12 +26,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from tdmarl import tracing
+from tdmarl.envs.batching import batched
 from tdmarl.envs.capture import Function, Part
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last, rows
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
+_MANY = 600  # operations of a graph whose equal ones become one
 # A picture needs these, whatever agents observe.
 _SEEN = "_state._pos", "_state._rot", "._render", "._color", "._last_measurement"
 
@@ -227,7 +229,7 @@ class Recording(_Resets):
         ]
         shown = range(len(self._all), len(self._all) + self.shown.num_leaves)
         tracing.restrict(draw, live, [*(live[place] for place in self._reset_places), *shown])
-        self._draw_graph = draw
+        self._draw_graph = _in_few(draw, values)
         self._make_reset(values, draw_seconds, spares)
 
     @property
@@ -287,6 +289,7 @@ class Recording(_Resets):
             others = tracing.outputs(graph) - old
             acts, rest = range(old, old + len(given)), range(old, old + others)
             tracing.restrict(graph, [*live, *acts], [*live, *rest])
+            graph = _in_few(graph, values + given)
             shown, own = set(range(n, n + others)), set(range(n)) if self._moves else set()
             self._moves[name] = self._make(
                 name, graph, values + given, set(range(n)), shown, own, seconds[name]
@@ -316,6 +319,15 @@ class Recording(_Resets):
         self._put(leaves)
         out = self._core.simulation.end()
         return self._state() + self._entries(out, leaves[len(self._all) :])
+
+
+def _in_few(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+    """A graph of many operations with equal ones made one; where few are equal it is faster as it is."""
+    many = tracing.operations(graph)
+    if many <= _MANY:
+        return graph
+    found = batched(graph, inputs)
+    return found if 3 * tracing.operations(found) <= 2 * many else graph
 
 
 def _live(graphs: list[fx.GraphModule], state: int, roots: set[int]) -> set[int]:

@@ -11,6 +11,8 @@ Eagerly, to the last bit, 200 steps:
 
     VMAS_MODE=eager VMAS_STEPS=200 python -m pytest tests/envs/test_same_as_vmas.py
 
+With `VMAS_FEW=1` equal operations of every graph are made one, which otherwise is only done to large ones.
+
 A graph's result may differ from VMAS's by 1e-5 of the entry's largest value, or by ten times what one step of VMAS
 itself makes of a change of its state by 1e-7, where that is more.
 
@@ -38,6 +40,7 @@ from vmas.simulator.environment import Environment
 from vmas.simulator.utils import ScenarioUtils
 
 from tdmarl.envs import recording, scenarios
+from tdmarl.envs.batching import batched
 from tdmarl.envs.functional import collides, find_position
 from tdmarl.envs.slots import _resolve, walk
 from tdmarl.envs.vmas import VmasEnv
@@ -56,6 +59,7 @@ NAMES = [
 ]
 MODE = os.environ.get("VMAS_MODE", "")
 LARGE = recording._LARGE
+FEW = bool(os.environ.get("VMAS_FEW"))
 RECORDED = [  # scenario, and the number of operations above which substeps are a function of their own
     ("simple_spread", LARGE),
     ("simple_speaker_listener", LARGE),  # talks
@@ -65,9 +69,10 @@ RECORDED = [  # scenario, and the number of operations above which substeps are 
     ("goal", 0),
 ]
 CASES = (
-    [(name, MODE, LARGE) for name in NAMES]
+    [(name, MODE, LARGE, FEW) for name in NAMES]
     if MODE
-    else [(name, "eager", LARGE) for name in NAMES] + [(name, "trace", large) for name, large in RECORDED]
+    else [(name, "eager", LARGE, False) for name in NAMES]
+    + [(name, "trace", large, few) for name, large in RECORDED for few in (False, True)]
 )
 TOLERANCE, PERTURBATION, AMPLIFIED = 1e-5, 1e-7, 10
 TABLE: dict[str, str] = {}
@@ -261,10 +266,14 @@ class Comparison:
         return " ".join(f"{kind} {value:.0e}" for kind, value in kinds.items())
 
 
-@pytest.mark.parametrize("name, mode, large", CASES)
-def test_each_step_is_vmas_own(name: str, mode: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, mode, large, few", CASES)
+def test_each_step_is_vmas_own(
+    name: str, mode: str, large: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     warnings.filterwarnings("ignore")
     monkeypatch.setattr(recording, "_LARGE", large)
+    if few:
+        monkeypatch.setattr(recording, "_in_few", batched)
     torch.manual_seed(0)
     stock = vmas.make_env(name, num_envs=ENVS, seed=3)
     env = VmasEnv(name, num_envs=ENVS, seed=0, mode=mode)
