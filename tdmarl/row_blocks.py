@@ -42,7 +42,8 @@ _BY_ROW = {
 }  # fmt: skip
 # The same if they do it along another dimension than that of the rows: the place of that argument.
 _ALONG = {
-    aten.cat: 1, aten.select: 1, aten.slice: 1, aten.split: 2, aten.unsafe_split: 2, aten.split_with_sizes: 2, aten.unbind: 1,
+    aten.cat: 1, aten.select: 1, aten.slice: 1, aten.unbind: 1,
+    aten.split: 2, aten.unsafe_split: 2, aten.split_with_sizes: 2,
     aten.gather: 1, aten.scatter: 1, aten.scatter_add: 1, aten._softmax: 1, aten._log_softmax: 1,
     aten._softmax_backward_data: 2, aten._log_softmax_backward_data: 2,
 }  # fmt: skip
