@@ -102,7 +102,9 @@ def _update(step: Any, take: Any, buffer: Any) -> str:
         if take.reason is not None:
             how = f"eager ({take.reason})"
         else:
-            how = f"{take.mode} ({f'{take.operations} operations' if take.operations else 'at its first minibatch'})"
+            blocks = f" in {take.blocks} blocks of rows" if take.blocks > 1 else ""
+            made = f"{take.operations} operations{blocks}" if take.operations else "at its first minibatch"
+            how = f"{take.mode} ({made})"
     rows = getattr(buffer, "minibatch_size", None) or getattr(buffer, "batch_size", None) or "all"
     if not hasattr(step, "parts"):
         return (

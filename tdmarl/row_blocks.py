@@ -25,15 +25,13 @@ from tdmarl import tracing
 aten = torch.ops.aten
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
-_CACHE = (
-    1 << 22
-)  # bytes of the largest tensor of a block: what belongs to a block then stays in a core's caches
+_CACHE = 1 << 22  # bytes of a block's largest tensor; what belongs to the block then stays in the caches
 _WORTH = 3  # blocks; two are no gain
 
 # What treats each row by itself whatever its other arguments are, besides all that PyTorch calls pointwise.
 _BY_ROW = {
-    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.t,
-    aten.transpose, aten.expand, aten.unsqueeze, aten.squeeze, aten.clone, aten.alias, aten.detach, aten.copy,
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.view, aten._unsafe_view, aten.reshape, aten.permute,
+    aten.t, aten.transpose, aten.expand, aten.unsqueeze, aten.squeeze, aten.clone, aten.alias, aten.detach, aten.copy,
     aten._to_copy, aten.full, aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like, aten.lift_fresh_copy,
     aten.select_backward, aten.slice_backward, aten.constant_pad_nd, aten.repeat, aten.stack,
     aten.softplus_backward, aten.elu, aten.elu_backward, aten.masked_fill, aten.native_layer_norm,
@@ -56,7 +54,7 @@ _MADE = {
     aten.ones_like: 1,
     aten.full_like: None,
 }
-_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv}
 
 
 class NotByRow(Exception):
@@ -151,7 +149,7 @@ class Plan:
 
     def _weight(self, node: fx.Node, target: Any) -> float:
         (source, *_) = [source for source in node.all_input_nodes if source in self.rows]
-        if target in (aten.sum, aten.mm, aten.bmm):
+        if target in (aten.sum, aten.mm, aten.bmm, aten.mv, aten.dot):
             return 1.0
         if target is aten.mean:
             return self.twin[source].meta["shape"].numel() / source.meta["shape"].numel()

@@ -210,8 +210,10 @@ def test_state_is_kept_to_the_last_bit():
     assert torch.equal(weights(first), weights(second))
 
 
-def test_compiled_it_is_nearly_the_plain_step_and_resumes_to_the_last_bit():
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_compiled_it_is_nearly_the_plain_step_and_resumes_to_the_last_bit(blocks, monkeypatch):
     """The only test here that compiles."""
+    monkeypatch.setattr(compiled_step, "block_size", lambda graph, rows: rows // blocks)
     plain, step, take = pair(lambda loss: adam([*loss.parameters()], 0.1), "compile")
     for i in range(4):
         saved = step.state_dict() if i == 2 else None
@@ -221,6 +223,7 @@ def test_compiled_it_is_nearly_the_plain_step_and_resumes_to_the_last_bit():
         assert not torch.equal(weights(step), before)
         torch.testing.assert_close(weights(step), weights(plain), atol=1e-5, rtol=1e-5)
         assert saved is None or "parts" in saved
+        assert take.blocks == blocks
     _, other, go_on = pair(lambda loss: adam([*loss.parameters()], 0.1), "compile")
     other.load_state_dict(step.state_dict())
     take(rows(9)), go_on(rows(9))
