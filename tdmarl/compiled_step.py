@@ -146,8 +146,9 @@ class _Function:
         self._call: Callable[..., Any] | None = None
         self.blocks, self.whole_because = 1, ""
         try:
-            size = block_size(graph, len(batch)) if _can_be_cut(step, copies) else len(batch)
-            if size < len(batch):
+            rows = len(batch) if batch.batch_dims else 1
+            size = block_size(graph, rows) if _can_be_cut(step, copies) else rows
+            if size < rows:
                 few = [x[:size] for x in inputs]
                 block, found = self._functional(step, due, few, torch.Size([size, *batch.batch_size[1:]]))
                 if [id(x) for x in found] != [id(x) for x in met]:

@@ -63,6 +63,8 @@ class NotByRow(Exception):
 
 def block_size(graph: fx.GraphModule, rows: int) -> int:
     """How many rows a block should have: a divisor of ``rows``, or ``rows`` itself where blocks are no gain."""
+    if rows < 2 * _WORTH:
+        return rows
     widest = 1  # bytes
     for node in graph.graph.nodes:
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
