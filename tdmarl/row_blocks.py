@@ -87,6 +87,7 @@ class Plan:
     Attributes:
         rows (dict): for each node that has rows, the dimension; None for one of several results, some of which have.
         sums (dict): for each node that sums over rows, the weight of a block's sum.
+        blocks (float): how many.
         stage (dict): of every operation: even for what needs no rows, odd for loops over blocks.
         twin (dict): each node's counterpart in ``block``.
 
@@ -103,6 +104,13 @@ class Plan:
         for node in whole.graph.nodes:
             if node.op != "output" and _has_rows(node, self.twin):
                 self.rows[node] = self._row_dim(node)
+        ratios = {
+            node: _ratio(node, self.twin[node], dim) for node, dim in self.rows.items() if dim is not None
+        }
+        self.blocks = min(ratios.values(), default=1)
+        for node, ratio in ratios.items():
+            if ratio != self.blocks:
+                raise NotByRow(f"{node.target} adds rows to those that there are")
         for node in whole.graph.nodes:
             if node.op == "call_function":
                 self._check(node)
@@ -134,14 +142,22 @@ class Plan:
         elif target in _ALONG:
             place = _ALONG[target]
             dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
-            along = self.rows[sources[0]]
-            shape = sources[0].meta["shape"]
-            if along is None or dim % len(shape) == along:
+            if any(self.rows[x] is None or dim % len(x.meta["shape"]) == self.rows[x] for x in sources):
                 raise NotByRow(f"{target} works along the rows")
         else:
             raise NotByRow(f"{target} may work across rows")
-        if target in _VIEWS and not self._keeps_order(sources[0], node):
-            raise NotByRow(f"{target} reorders rows")
+        if target in _VIEWS:
+            if not self._keeps_order(sources[0], node):
+                raise NotByRow(f"{target} reorders rows")
+        elif any(
+            self._count(x) != self._count(node)
+            for x in sources
+            if None not in (self.rows[x], self.rows[node])
+        ):
+            raise NotByRow(f"{target} changes how many rows there are")
+
+    def _count(self, node: fx.Node) -> int:
+        return node.meta["shape"][self.rows[node]]
 
     def _keeps_order(self, source: fx.Node, node: fx.Node) -> bool:
         """Whether as many numbers of a row come before the next row as before."""
@@ -267,12 +283,7 @@ class _Stage:
         self._dims = [plan.rows.get(n) if loops else None for n in self.kept]
         sources = dict.fromkeys(source for n in nodes for source in n.all_input_nodes if source not in mine)
         self.takes = [(n, plan.rows.get(n) if loops else None) for n in sources]
-        sizes = [
-            (n.meta["shape"][dim], plan.twin[n].meta["shape"][dim])
-            for n, dim in self.takes
-            if dim is not None
-        ]
-        self.blocks = sizes[0][0] // sizes[0][1] if sizes else 1
+        self.blocks = int(plan.blocks) if loops else 1
         self._sizes: list[Any] = [
             None if dim is None else plan.twin[n].meta["shape"][dim] for n, dim in self.takes
         ]
@@ -363,6 +374,10 @@ def _has_rows(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> bool:
     if len(shape) != len(part) or sum(n != m for n, m in zip(shape, part)) > 1:
         raise NotByRow(f"{node.target} of shape {tuple(shape)} is {tuple(part)} for a block")
     return shape != part
+
+
+def _ratio(node: fx.Node, twin: fx.Node, dim: int) -> float:
+    return node.meta["shape"][dim] / twin.meta["shape"][dim]
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -75,6 +75,8 @@ def test_gradients_of_a_network_are_those_of_the_whole():
     (lambda x: [x.softmax(0)], "softmax works along the rows"),
     (lambda x: [torch.cat([x, x])], "cat works along the rows"),
     (lambda x: [x.t().reshape(-1)], "reorders rows"),
+    (lambda x: [x.repeat(2, 1)], "repeat changes how many rows there are"),
+    (lambda x: [torch.nn.functional.pad(x, (0, 0, 1, 1)) * 2], "adds rows to those that there are"),
     (lambda x: [x.amax(0)], "amax says something about all rows that is no sum"),
     (lambda x: [x[0]], "select says something about all rows that is no sum"),
     (lambda x: [x + torch.rand_like(x)], "draws random numbers for the rows"),
@@ -88,6 +90,14 @@ def test_the_number_of_rows_is_the_whole_minibatchs_in_a_block():
     x = torch.ones(8, 3)
     (found,) = cut(lambda x: [(x / len(x)).sum() + x.mm(torch.ones(3, 1)).mean()], [x], 2)(x)
     assert found.item() == 6.0  # 24 / 8, and 3
+
+
+def test_rows_that_are_made_in_a_loop_are_as_many_as_there_are():
+    """Ones for 8 rows, of which each block makes 2; nothing of the inputs has rows there."""
+    (found, _) = cut(
+        lambda x: [torch.ones(len(x), 300).mm(torch.ones(300, 2)).sum(), x * 2], [torch.ones(8, 3)], 2
+    )(torch.ones(8, 3))
+    assert found.item() == 4800.0
 
 
 def test_a_constant_with_rows_is_cut_like_an_input():
