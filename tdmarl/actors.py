@@ -71,11 +71,10 @@ class GaussianHead(nn.Module):
 
     def forward(self, observation: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
         out, *states = self.net(observation, *memory) if memory else (self.net(observation),)
-        (out,) = dimensions_first(out)
         if self.raw_std is None:
-            loc, raw = out.chunk(2)
+            loc, raw = dimensions_first(out)[0].chunk(2)
         else:
-            loc, raw = dimensions_first(out.movedim(0, -1), self.raw_std)
+            loc, raw = dimensions_first(out, self.raw_std)
             raw = raw.expand(loc.shape)
         scale = F.softplus(raw + self.shift) + self.min_std
         return (loc.movedim(0, -1), scale.movedim(0, -1), *states)

@@ -13,12 +13,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, fx, nn
 
 from tdmarl import compiling, tracing
+from tdmarl.cpu_loops import suit_cpu
 from tdmarl.cuda_graph import Captured
-from tdmarl.fast_tanh import replace_tanh
 from tdmarl.frozen import frozen, plain
 from tdmarl.keys import Key, as_tuple
 from tdmarl.row_blocks import NotByRow, RowBlocks, block_size
-from tdmarl.cpu_loops import sum_by_products, turn_narrow_products
 
 if TYPE_CHECKING:
     from tdmarl.step import Step
@@ -84,11 +83,6 @@ class InPlaceRecorder(tracing.Recorder):
                 tensor.copy_(before)
 
 
-def _can_be_cut(step: Step, tensors: list[Tensor]) -> bool:
-    """Whether blocks of rows could be a gain: on a CPU, whose cache is small, and where the first dimension is rows."""
-    return not step.seed_axis and all(x.device.type == "cpu" for x in tensors)
-
-
 def _place(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x.dtype
 
@@ -143,28 +137,49 @@ class _Function:
         self._found = [x.detach() for x in met]
         everything = [*inputs, *self._found]
         copies = [x.clone() for x in everything]
-        self._call: Callable[..., Any] | None = None
         self.blocks, self.whole_because = 1, ""
+        self._call: Callable[..., Any]
         try:
-            rows = len(batch) if batch.batch_dims else 1
-            size = block_size(graph, rows) if _can_be_cut(step, copies) else rows
-            if size < rows:
-                few = [x[:size] for x in inputs]
-                block, found = self._functional(step, due, few, torch.Size([size, *batch.batch_size[1:]]))
-                if [id(x) for x in found] != [id(x) for x in met]:
-                    raise NotByRow("it works on other tensors for fewer rows")
-                compiler = functools.partial(self._compiled, mode=mode)
-                made = self._guarded(RowBlocks, graph, block, copies, compiler)
-                self._call, self.blocks, self.operations = made, made.blocks, made.operations
+            cut = self._cut(step, due, inputs, batch.batch_size, graph, met, copies, mode)
         except NotByRow as error:
-            self.whole_because = str(error)
-        if self._call is None:
+            cut, self.whole_because = None, str(error)
+        if cut is not None:
+            self._call, self.blocks, self.operations = cut, cut.blocks, cut.operations
+        else:
             tracing.tidy(graph)
             self.operations = tracing.operations(graph)
             self._call = self._guarded(self._compiled, graph, copies, mode=mode)
         if mode == "cudagraph":
             own = list(range(len(self._keys), len(everything)))
             self._call = Captured(self._call, everything, own, [])
+
+    def _cut(
+        self,
+        step: Step,
+        due: tuple[bool, ...],
+        inputs: list[Tensor],
+        size: torch.Size,
+        graph: fx.GraphModule,
+        met: list[Tensor],
+        copies: list[Tensor],
+        mode: str,
+    ) -> RowBlocks | None:
+        """The step in blocks of rows, where that is a gain.
+
+        Raises:
+            NotByRow: it cannot be cut.
+        """
+        rows = block = size[0] if size else 1
+        if not step.seed_axis and all(x.device.type == "cpu" for x in copies):  # caches are small there
+            block = block_size(graph, rows)
+        if block == rows:
+            return None
+        few = [x[:block] for x in inputs]
+        part, found = self._functional(step, due, few, torch.Size([block, *size[1:]]))
+        if [id(x) for x in found] != [id(x) for x in met]:
+            raise NotByRow("it works on other tensors for fewer rows")
+        compiler = functools.partial(self._compiled, mode=mode)
+        return self._guarded(RowBlocks, graph, part, copies, compiler)
 
     @staticmethod
     def _guarded(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -187,9 +202,7 @@ class _Function:
         if mode == "trace":
             return graph
         if all(x.device.type == "cpu" for x in examples):
-            replace_tanh(graph)
-            turn_narrow_products(graph)
-            sum_by_products(graph)
+            suit_cpu(graph)
         with torch.no_grad():
             return torch._inductor.compile(graph, list(examples), options=_INDUCTOR)  # type: ignore[return-value]
 
@@ -233,7 +246,6 @@ class _Function:
         return graph, recorder.found
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
-        assert self._call is not None
         with torch.no_grad():
             outputs = self._call(*(batch.get(key) for key in self._keys), *self._found)
         found = TensorDict({}, device=self._device)

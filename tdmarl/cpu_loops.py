@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from tdmarl.fast_tanh import replace_tanh
 
 aten = torch.ops.aten
 
 _NARROW = 16  # columns; a vector has eight numbers of float32, or sixteen
 _ROWS = 64  # as few rows are no loop worth turning
 _FACTORS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
+
+
+def suit_cpu(graph: fx.GraphModule) -> None:
+    """All that makes the loops of networks and losses fast on a CPU; a graph is the same function to rounding."""
+    replace_tanh(graph)
+    turn_narrow_products(graph)
+    sum_by_products(graph)
 
 
 def turn_narrow_products(graph: fx.GraphModule) -> None:

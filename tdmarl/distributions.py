@@ -83,7 +83,7 @@ class BoxedNormal(Distribution):
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over the dimensions that are no padding, of ``[a, *B, n]``."""
-        real, _ = dimensions_first(self.real, x[0].unsqueeze(-1))
+        real, _ = dimensions_first(self.real, x.movedim(0, -1))
         return x.masked_fill(~real, 0).sum(0)
 
     @property

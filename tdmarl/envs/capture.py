@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from tdmarl import tracing
-from tdmarl.cpu_loops import turn_narrow_products
+from tdmarl.cpu_loops import suit_cpu
 from tdmarl.cuda_graph import Captured
 from tdmarl.envs.layout import environments_last, is_wide
-from tdmarl.fast_tanh import replace_tanh
 
 # Random numbers as eager PyTorch draws them. A low threshold keeps a CPU's lidar from being recomputed for each
 # of its uses.
@@ -68,9 +67,8 @@ class Function:
         self.operations = tracing.operations(graph)
         self._call: Callable[..., Any] = graph
         if mode != "trace":
-            if mode == "compile" and shown is None and inputs[0].device.type == "cpu":  # a policy: no physics
-                replace_tanh(graph)
-                turn_narrow_products(graph)
+            if mode == "compile" and shown is None and inputs[0].device.type == "cpu":  # a policy, no physics
+                suit_cpu(graph)
             with torch.no_grad():
                 examples: list[Any] = list(inputs)
                 options = _INDUCTOR if shown is None else _INDUCTOR | _ENVIRONMENTS_LAST
