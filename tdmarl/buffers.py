@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdmarl import seeds
@@ -42,6 +42,23 @@ def cut_rows(data: TensorDictBase, length: int, first: int = 0) -> TensorDictBas
         )
     data = data.reshape(*data.shape[:-1], steps // length, length)
     return data.flatten(first, -2) if data.ndim > first + 2 else data
+
+
+def take_rows(data: TensorDictBase, index: Tensor) -> TensorDict:
+    """``data[index]`` of an index ``[M]``, in a fraction of the time for small minibatches.
+
+    Args:
+        data (TensorDictBase): ``[N, ...]``, nested as it may be.
+        index (Tensor): integers from 0 to N - 1.
+    """
+    found: dict[str, Any] = {}
+    for key, x in data.items():
+        if isinstance(x, TensorDictBase):
+            found[key] = take_rows(x, index)
+        else:
+            found[key] = torch.index_select(x, 0, index) if type(x) is Tensor else x[index]
+    size = torch.Size([len(index), *data.batch_size[1:]])
+    return TensorDict._new_unsafe(found, batch_size=size, device=data.device)
 
 
 def block_masks(data: TensorDictBase, apart: Sequence[tuple[str, int]]) -> TensorDictBase:
@@ -164,7 +181,7 @@ class BatchBuffer:
         if self.seed_axis:
             seeds = torch.arange(len(index), device=index.device).unsqueeze(-1)
             return self._rows[seeds, index]
-        return self._rows[index]
+        return take_rows(self._rows, index)
 
     def _epoch(self) -> list[Tensor]:
         """Row indices of an epoch's minibatches: ``[M]``, or one such row of indices per seed or agent."""

@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, fx, nn
 
 from tdmarl import compiling, tracing
+from tdmarl.cpu_graph import Compiled, Replayed
 from tdmarl.cpu_loops import suit_cpu
 from tdmarl.cuda_graph import Captured
 from tdmarl.frozen import frozen, plain
@@ -152,6 +153,8 @@ class _Function:
         if mode == "cudagraph":
             own = list(range(len(self._keys), len(everything)))
             self._call = Captured(self._call, everything, own, [])
+        elif mode == "compile" and self.blocks == 1 and all(x.device.type == "cpu" for x in everything):
+            self._call = Replayed(self._call, len(self._keys))
 
     def _cut(
         self,
@@ -203,8 +206,7 @@ class _Function:
             return graph
         if all(x.device.type == "cpu" for x in examples):
             suit_cpu(graph)
-        with torch.no_grad():
-            return torch._inductor.compile(graph, list(examples), options=_INDUCTOR)  # type: ignore[return-value]
+        return Compiled(graph, examples, _INDUCTOR)
 
     def _functional(
         self, step: Step, due: tuple[bool, ...], inputs: list[Tensor], size: torch.Size
@@ -248,10 +250,13 @@ class _Function:
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         with torch.no_grad():
             outputs = self._call(*(batch.get(key) for key in self._keys), *self._found)
-        found = TensorDict({}, device=self._device)
-        for key, value in zip(self._names, outputs):
-            found.set(key, value)
-        return found
+        if any(len(key) > 1 for key in self._names):
+            found = TensorDict({}, device=self._device)
+            for key, value in zip(self._names, outputs):
+                found.set(key, value)
+            return found
+        entries: dict[str, Any] = {key[0]: value for key, value in zip(self._names, outputs)}
+        return TensorDict._new_unsafe(entries, batch_size=torch.Size([]), device=self._device)
 
 
 class CompiledStep:

@@ -8,6 +8,7 @@ Python changes while it acts, is called as it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdmarl import compiling, tracing
+from tdmarl.chunk import Chunk
+from tdmarl.cpu_graph import NotRecordable
 from tdmarl.cuda_graph import Captured
 from tdmarl.envs.capture import Function
 from tdmarl.frozen import frozen, parameters
@@ -99,15 +102,34 @@ class Columns:
     def add(self, step: Leaves) -> None:
         """One step's tensors `[E, ...]`, of the same keys in every step."""
         self._kept.append(step)
-        done = self._written + len(self._kept)
-        if len(self._kept) == CHUNK or done == self._steps:
-            for key, first in self._kept[0].items():
-                if not self._written:
-                    shape = (first.shape[0], self._steps, *first.shape[1:])
-                    self.entries[key] = torch.empty(shape, dtype=first.dtype, device=first.device)
-                part = self.entries[key][:, self._written : done]
-                torch.stack([kept[key] for kept in self._kept], 1, out=part)
-            self._written, self._kept = done, []
+        if len(self._kept) == CHUNK or self._written + len(self._kept) == self._steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is kept."""
+        for key, first in self._kept[0].items() if self._kept else ():
+            torch.stack([kept[key] for kept in self._kept], 1, out=self.part(key, first, 0, len(self._kept)))
+        self.go_on(len(self._kept))
+        self._kept = []
+
+    def part(self, key: Key, like: Tensor, first: int, count: int) -> Tensor:
+        """`[E, count, ...]`, where an entry's next steps belong.
+
+        Args:
+            key (tuple): which entry.
+            like (Tensor): `[E, ...]`, one step of it.
+            first (int): how many steps after those that are written it begins.
+            count (int): of how many steps.
+        """
+        whole = self.entries.get(key)
+        if whole is None:
+            shape = (like.shape[0], self._steps, *like.shape[1:])
+            whole = self.entries[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return whole.narrow(1, self._written + first, count)
+
+    def go_on(self, count: int) -> None:
+        """So many more steps are written."""
+        self._written += count
 
 
 class Act:
@@ -127,7 +149,7 @@ class Act:
     """
 
     def __init__(self, policy: nn.Module, root: TensorDictBase, mode: str) -> None:
-        self._policy, self._layout, self._seen = policy, Layout(root), list(leaves(root))
+        self._policy, self._layout, self._seen = policy, Layout(root), dict.fromkeys(leaves(root), True)
         self._frozen_at = frozen(policy)
         self._names = list(parameters(policy))
         self.parameters = [x.detach() for x in parameters(policy).values()]
@@ -141,6 +163,8 @@ class Act:
                 raise tracing.Untraceable("the policy's Python changes from call to call")
             streams = contextlib.nullcontext()
             self._function = Function(graph, inputs, root.shape[0], set(), mode, streams, None, places)
+        for place, key in enumerate(self._seen, len(self._names)):
+            self._seen[key] = place in self._function.used
 
     def is_stale(self) -> bool:
         """Whether the policy's Python has changed since it was recorded, or its parameters were replaced."""
@@ -159,8 +183,8 @@ class Act:
         return dict(zip(self._written, outputs)), outputs[len(self._written) :]
 
     def _given(self, root: Leaves) -> list[Tensor]:
-        """As it was recorded: compiled code does not look."""
-        return [root[key].contiguous() for key in self._seen]
+        """As it was recorded: compiled code does not look. What it does not read may be as it is."""
+        return [root[key].contiguous() if read else root[key] for key, read in self._seen.items()]
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
         n, versions = len(self._names), [x._version for x in inputs]
@@ -252,6 +276,9 @@ class Rollout:
         self._totals = list(self._sums.values())
         self._act: Act | None = None
         self._graph: OneGraph | None = None
+        self._chunk: Chunk | None = None
+        self._unfit: Any = None
+        self.whole_because = ""  # why steps are not recorded in chunks, where that is tried
         self._builds = 0
         self.reason: str | None = (
             None if isinstance(policy, TensorDictModuleBase) else "it is no TensorDictModule"
@@ -275,14 +302,26 @@ class Rollout:
         present = {key: value.contiguous() for key, value in leaves(root).items()}
         act = self._compiled(layout.nest(_without(present, self._totals))) if any(acts) else None
         shown: list[Key] = []
+        made: Any = None
         try:
             with _no_garbage():
-                for own in acts:
+                done = 0
+                while done < len(acts):
                     made = self._env.transitions()
                     if made is None:
                         raise RuntimeError(
                             f"The environment cannot go on compiled: {self._env.fallback_reason}."
                         )
+                    shown, own = made.recording.paths, acts[done]
+                    count = min(CHUNK, len(acts) - done)
+                    chunk = self._recorded(act, made, present, len(acts)) if own else None
+                    if chunk is not None:
+                        try:
+                            chunk(present, count, columns)
+                        finally:
+                            present = chunk.now
+                        done += count
+                        continue
                     if act is not None and own and made.fits_one_graph:
                         step, present = self._captured(act, made, present)(present)
                     else:
@@ -293,13 +332,29 @@ class Rollout:
                         sums = [present[self._sums[key]] for key in made.recording.reward_paths]
                         found = made.transition(seen | written, sums)
                         step, present = self._combine(made, seen | written, found)
-                    shown = made.recording.paths
                     columns.add(step)
+                    done += 1
         finally:
             present = {key: value.clone() for key, value in present.items()}  # a graph overwrites it
             if shown:
+                if self._chunk is not None:
+                    made.hold([x.clone() for x in made.state()])
                 self._env.go_on_from([present[key] for key in shown])
         return layout.nest(columns.entries, len(acts)), layout.nest(present)
+
+    def _recorded(self, act: Act | None, made: Any, present: Leaves, steps: int) -> Chunk | None:
+        """Steps of policy and environment in fixed places, where these can be recorded."""
+        parts = act, made, min(CHUNK, steps)
+        if act is None or not made.fits_tapes or self._unfit == parts:
+            return None
+        if self._chunk is None or self._chunk.parts != parts:
+            sums = [self._sums[key] for key in made.recording.reward_paths]
+            combine = functools.partial(self._combine, made)
+            try:
+                self._chunk = Chunk(act, made, combine, present, sums, parts[-1])
+            except NotRecordable as error:
+                self._chunk, self._unfit, self.whole_because = None, parts, str(error)
+        return self._chunk
 
     def _written(self, act: Act | None, seen: Leaves, layout: Layout) -> Leaves:
         return self._by(self._policy, seen, layout) if act is None else act(seen)
@@ -313,11 +368,8 @@ class Rollout:
     def _captured(self, act: Act, made: Any, present: Leaves) -> OneGraph:
         if self._graph is None or self._graph.parts != (act, made):
 
-            def combine(entries: Leaves, found: Any) -> tuple[Leaves, Leaves]:
-                return self._combine(made, entries, found)
-
             sums = [self._sums[key] for key in made.recording.reward_paths]
-            self._graph = OneGraph(act, made, combine, present, sums)
+            self._graph = OneGraph(act, made, functools.partial(self._combine, made), present, sums)
         return self._graph
 
     def _combine(self, made: Any, step: Leaves, found: Any) -> tuple[Leaves, Leaves]:

@@ -8,7 +8,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from tdmarl import tracing
+from tdmarl import cpu_graph, tracing
 from tdmarl.cpu_loops import suit_cpu
 from tdmarl.cuda_graph import Captured
 from tdmarl.envs.layout import environments_last, is_wide
@@ -41,6 +41,9 @@ class Function:
         shown (set of int, optional): which outputs become as `rows` has them; others have environments last.
             None leaves the graph's order in memory as it is.
         shared (set of int): inputs that are another captured function's own and are used where they are.
+
+    Attributes:
+        used (list of int): which inputs it needs.
     """
 
     def __init__(
@@ -55,11 +58,11 @@ class Function:
         shared: set[int],
     ) -> None:
         outputs = list(range(tracing.outputs(graph)))
-        self._used = sorted(tracing.needed(graph, outputs))
-        tracing.restrict(graph, self._used, outputs)
+        self.used = sorted(tracing.needed(graph, outputs))
+        tracing.restrict(graph, self.used, outputs)
         self.draws = tracing.has_draws(graph)
         self._streams: Any = streams if self.draws else contextlib.nullcontext()
-        inputs = [inputs[i] for i in self._used]
+        inputs = [inputs[i] for i in self.used]
         if shown is not None:
             shapes = tracing.output_shapes(graph)
             contiguous = {i for i in shown if is_wide(shapes[i], envs)}
@@ -69,28 +72,26 @@ class Function:
         if mode != "trace":
             if mode == "compile" and shown is None and inputs[0].device.type == "cpu":  # a policy, no physics
                 suit_cpu(graph)
-            with torch.no_grad():
-                examples: list[Any] = list(inputs)
-                options = _INDUCTOR if shown is None else _INDUCTOR | _ENVIRONMENTS_LAST
-                self._call = torch._inductor.compile(graph, examples, options=options)
+            options = _INDUCTOR if shown is None else _INDUCTOR | _ENVIRONMENTS_LAST
+            self._call = cpu_graph.Compiled(graph, inputs, options)
         self.graph, self._plain = graph, self._call
         if mode == "cudagraph":
-            own = [i for i, place in enumerate(self._used) if place in shared]
-            back = [(i, place) for i, place in enumerate(self._used) if place in carry]
+            own = [i for i, place in enumerate(self.used) if place in shared]
+            back = [(i, place) for i, place in enumerate(self.used) if place in carry]
             self._call = Captured(self._call, inputs, own, back)
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), self._streams:
-            return list(self._call(*[inputs[i] for i in self._used]))
+            return list(self._call(*[inputs[i] for i in self.used]))
 
     def inside(self, inputs: list[Tensor]) -> list[Tensor]:
         """The same as a part of another function that is captured as a whole."""
-        return list(self._plain(*[inputs[i] for i in self._used]))
+        return list(self._plain(*[inputs[i] for i in self.used]))
 
     def own(self, inputs: list[Tensor]) -> list[Tensor]:
         """The inputs, those that a captured graph keeps in fixed places replaced by these places."""
         found = list(inputs)
         if isinstance(self._call, Captured):
-            for place, static in zip(self._used, self._call.inputs):
+            for place, static in zip(self.used, self._call.inputs):
                 found[place] = static
         return found

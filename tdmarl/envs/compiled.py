@@ -21,6 +21,17 @@ from tdmarl.envs.slots import python_values, walk
 _PERIOD = 16  # resets between two draws of initial states for all environments
 
 
+class Advance(NamedTuple):
+    """A step, as tensors in the order of a recording's keys."""
+
+    state: list[Tensor]
+    valid: list[Tensor]  # [] for each group, if actions are checked
+    shown: list[Tensor]
+    rewards: list[Tensor]
+    totals: list[Tensor]  # of each episode up to this step
+    sums: list[Tensor]  # totals, begun anew where the episode ended
+
+
 class Transition(NamedTuple):
     """A step and the reset of what ended, as tensors in the order of a recording's keys."""
 
@@ -72,9 +83,10 @@ class _Running:
 
     def step(self, actions: list[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Nested entries and rewards after a step with one action per group."""
-        shown, (rewards, _, _) = self._advance(actions, self.recording.no_sums)
-        nested = {group: {name: value} for (group, name), value in zip(self.recording.reward_paths, rewards)}
-        return self.nest(shown), nested
+        found = self._advance(actions, self.recording.no_sums)
+        paths = self.recording.reward_paths
+        nested = {group: {name: value} for (group, name), value in zip(paths, found.rewards)}
+        return self.nest(found.shown), nested
 
     def reset(self, mask: Tensor, shown: TensorDict) -> dict[str, Any]:
         """Resets the environments where `mask` [E] is True; of the others the entries stay `shown`."""
@@ -101,10 +113,18 @@ class _Running:
             entries (mapping): has each group's action under `(group, "action")`.
             sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
         """
-        shown, (rewards, totals, sums) = self._advance(self._actions(entries), sums)
-        mask = shown[self._done].squeeze(-1)
+        _, _, shown, rewards, totals, sums = self._advance(self._actions(entries), sums)
+        mask = self.ended(shown)
         following = shown if host.is_surely_false(mask) else self._restart(mask, shown)
         return Transition(shown, rewards, totals, following, sums)
+
+    def unended(self, found: Advance) -> Transition:
+        """A step after which nothing is reset."""
+        return Transition(found.shown, found.rewards, found.totals, found.shown, found.sums)
+
+    def ended(self, shown: list[Tensor]) -> Tensor:
+        """Where the episode is over, [E]."""
+        return shown[self._done].squeeze(-1)
 
     def _actions(self, entries: Any) -> list[Tensor]:
         return [group.action(entries) for group in self._groups]
@@ -115,20 +135,26 @@ class _Running:
         own = [action.to(group.actions.spec.dtype).contiguous() for group, action in zip(groups, actions)]
         return own + [rows(total, self._envs) for total in sums]
 
-    def _parts(self, outputs: list[Tensor], k: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-        """State, what is shown, and returns, if the actions were valid."""
+    def _parts(self, outputs: list[Tensor], k: int) -> Advance:
+        """What a step of the recording returns, apart; `k` groups have sums."""
         n, m = len(self.recording.names), self.recording.shown.num_leaves
         start = n + (len(self._groups) if self._check else 0)
-        for group, flag in zip(self._groups, outputs[n:start]):
-            group.refuse_unless(flag)
         returns = outputs[start + m :]
-        return outputs[:n], outputs[start : start + m], [returns[:k], returns[k : 2 * k], returns[2 * k :]]
+        parts = returns[:k], returns[k : 2 * k], returns[2 * k :]
+        return Advance(outputs[:n], outputs[n:start], outputs[start : start + m], *parts)
 
-    def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        outputs = self.recording.step(self._state() + self._given(actions, sums))
-        state, shown, returns = self._parts(outputs, len(sums))
-        self._hold(state)
-        return shown, returns
+    def refuse_unless(self, valid: list[Tensor]) -> None:
+        """Raises ValueError for the first group whose actions are not valid."""
+        for group, flag in zip(self._groups, valid):
+            group.refuse_unless(flag)
+
+    def _advance(self, actions: list[Tensor], sums: list[Tensor]) -> Advance:
+        found = self._parts(
+            self.recording.step(self._state() + self._given(actions, sums)), len(sums)
+        )
+        self.refuse_unless(found.valid)
+        self._hold(found.state)
+        return found
 
     def _restart(self, mask: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         recording, state = self.recording, self._state()
@@ -227,31 +253,68 @@ class CompiledVmas(_Running):
         """Whether steps and resets can be a part of one CUDA graph with the policy, which draws from another stream."""
         return self._mode == "cudagraph" and self._spare_resets and not self.recording.draws
 
+    @property
+    def fits_tapes(self) -> bool:
+        """Whether steps and resets can be done again by `tdmarl.cpu_graph`, beside a policy's draws."""
+        on_cpu = self._core.simulation.device.type == "cpu"
+        return self._mode == "compile" and on_cpu and self._spare_resets and not self.recording.draws
+
     def begin_in_place(self) -> tuple[list[Tensor], list[Tensor]]:
         """State and spares in the places where a graph advances them, the spares filled up if it is time."""
-        state, spares = self.recording.statics
-        for place, x in zip(state, self._state()):
-            if place is not x:
-                place.copy_(x)
-        self._hold(state)
-        for place, x in zip(spares, self._filled(state)):
-            if place is not x:
-                place.copy_(x)
-        self._spares = spares
+        state = self.recording.statics[0]
+        self.put_state(state)
+        spares = self.recording.statics[1]
+        self.put_spares(spares, state)
         return state, spares
+
+    def put_state(self, places: list[Tensor]) -> None:
+        """Goes on from the present state in these places."""
+        _copy(places, self._state())
+        self._hold(places)
+
+    def state(self) -> list[Tensor]:
+        """The present state."""
+        return self._state()
+
+    def hold(self, state: list[Tensor]) -> None:
+        """The state is in these tensors now."""
+        self._hold(state)
+
+    def put_spares(self, places: list[Tensor], state: list[Tensor]) -> None:
+        """Moves the spares to these places, filled up if it is time."""
+        _copy(places, self._filled(state))
+        self._spares = places
+
+    def spares_left(self, lacks: Tensor) -> None:
+        """After a reset elsewhere: whether an environment lacks a spare now."""
+        self._lacks = not host.is_surely_false(lacks)
+
+    def advance(self, state: list[Tensor], entries: Any, sums: list[Tensor]) -> Advance:
+        """A step as a function of the state, without judging its actions, to be captured."""
+        given = self._given(self._actions(entries), sums)
+        return self._parts(self.recording.step(state + given, inside=True), len(sums))
+
+    def take(self, state: list[Tensor], shown: list[Tensor], spares: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """State, what is shown, counters and whether one lacks, after what ended was reset, to be captured."""
+        n, m = len(state), len(shown)
+        *outputs, lacks = self.recording.take.inside(state + shown + spares + [self.ended(shown)])
+        return outputs[:n], outputs[n : n + m], outputs[n + m :], lacks
 
     def inside(
         self, state: list[Tensor], spares: list[Tensor], entries: Any, sums: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], Transition]:
         """State, counters and `transition` as functions, to be captured."""
-        recording = self.recording
-        n, m = len(state), recording.shown.num_leaves
-        state, shown, (rewards, totals, sums) = self._parts(
-            recording.step(state + self._given(self._actions(entries), sums), inside=True), len(sums)
-        )
-        mask = shown[self._done].squeeze(-1)
-        *outputs, _ = recording.take.inside(state + shown + spares + [mask])
-        return outputs[:n], outputs[n + m :], Transition(shown, rewards, totals, outputs[n : n + m], sums)
+        found = self.advance(state, entries, sums)
+        self.refuse_unless(found.valid)
+        state, following, counters, _ = self.take(found.state, found.shown, spares)
+        return state, counters, Transition(found.shown, found.rewards, found.totals, following, found.sums)
+
+
+def _copy(places: list[Tensor], values: list[Tensor]) -> None:
+    """Moves what is not there already."""
+    moved = [(place, x) for place, x in zip(places, values) if place is not x]
+    if moved:
+        torch._foreach_copy_([place for place, _ in moved], [x for _, x in moved])
 
 
 def _host_draws() -> tuple[Any, ...]:

@@ -1,0 +1,235 @@
+"""Some steps of a rollout on a CPU, recorded once and done again: no Python but that which looks for ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdmarl import host
+from tdmarl.cpu_graph import NotRecordable, Tape
+from tdmarl.keys import Key
+
+if TYPE_CHECKING:
+    from tdmarl.rollout import Act, Columns
+
+Leaves = dict[Key, Tensor]
+_MOST_BYTES = 2**26  # of a chunk's steps: beyond, a step's work outweighs its Python
+_ALIGNED = 64  # bytes
+
+
+class Ring:
+    """Memory for the same allocations of one step after the other: a step's results lie at equal distances.
+
+    Args:
+        steps (int): how many; a place more is for where they start from.
+        kept (dict): of a step's allocations those that outlive it, example by number; others are the same memory in
+            all steps.
+    """
+
+    def __init__(self, steps: int, kept: dict[int, Tensor]) -> None:
+        self._steps, self._kept = steps, kept
+        self._memory: dict[int, Tensor] = {}
+
+    def of_step(self, k: int) -> Callable[..., Tensor]:
+        """What gives a :class:`~tdmarl.cpu_graph.Tape` the memory of step `k`."""
+
+        def allocate(n: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if n not in self._memory:
+                extent = 1 + sum((many - 1) * step for many, step in zip(size, stride))
+                unit = max(1, _ALIGNED // dtype.itemsize)
+                whole = math.ceil(max(extent, 1) / unit) * unit
+                self._memory[n] = torch.zeros(self._steps + 1 if n in self._kept else 1, whole, dtype=dtype)
+            return self._memory[n][k + 1 if n in self._kept else 0].as_strided(size, stride)
+
+        return allocate
+
+    def start(self, result: Tensor) -> Tensor:
+        """Where something is before the first step that the example step, whose allocations are kept, has as `result`."""
+        for n, x in self._kept.items():
+            if _storage(x) == _storage(result):
+                first = self.of_step(-1)(n, x.shape, x.stride(), x.dtype)
+                offset = first.storage_offset() + result.storage_offset() - x.storage_offset()
+                return first.as_strided(result.shape, result.stride(), offset)
+        return torch.zeros_like(result)
+
+
+class Chunk:
+    """Steps of policy, environment and sums of rewards, one after the other in places of their own.
+
+    Resets are a function apart, called where an episode has ended. Recording takes no step and draws nothing.
+
+    Args:
+        act (Act): the policy.
+        made (CompiledVmas): the environment's functions.
+        combine (callable): from a step's entries, the transition and what was carried to it: all of the step's
+            entries, and what is carried on.
+        present (dict): what is carried, an example.
+        sums (list of keys): which of that are sums of rewards.
+        steps (int): how many at most.
+
+    Raises:
+        NotRecordable: something is not the same in each step; or a chunk is so large that it would gain little.
+    """
+
+    def __init__(
+        self,
+        act: Act,
+        made: Any,
+        combine: Callable[..., Any],
+        present: Leaves,
+        sums: list[Key],
+        steps: int,
+    ) -> None:
+        self.parts = act, made, steps
+        self._act, self._made, self._combine, self._sums = act, made, combine, sums
+        self._steps: list[_Step] = []
+        self._spares = [x.clone() for x in made.recording.empty]
+        self._start = _Start([x.clone() for x in made.state()], {key: x.clone() for key, x in present.items()})
+        before = [act.parameters[place].clone() for place in act.changed]
+        self.now = present
+        try:
+            with torch.random.fork_rng([]), torch.no_grad():
+                before_it, tape = self._recorded(Tape(), self._start), Tape()
+                ring = self._ring(tape, self._recorded(tape, before_it))
+                for k in range(steps):
+                    self._steps.append(self._recorded(Tape(ring.of_step(k)), self._before(k)))
+                    if _kinds(self._steps[k].tape) != _kinds(tape):
+                        raise NotRecordable("steps differ in their intermediate results")
+        finally:
+            for place, x in zip(act.changed, before):
+                act.parameters[place].copy_(x)
+        entries = [step.entries for step in self._steps]
+        self._columns = [(key, x, _runs([leaves[key] for leaves in entries])) for key, x in entries[0].items()]
+
+    def __call__(self, present: Leaves, count: int, columns: Columns) -> None:
+        """Takes `count` steps and writes them into the batch; `now` is then what is carried on."""
+        columns.flush()
+        made, saved = self._made, list[tuple[int, Leaves]]()
+        made.put_state(self._start.state)
+        torch._foreach_copy_(self._places, [present[key] for key in self._carried])
+        state, self.now = self._start.state, self._start.present
+        try:
+            for k, step in enumerate(self._steps[:count]):
+                step.tape()
+                made.refuse_unless(step.valid)
+                if not host.is_surely_false(step.over):
+                    saved.append((k, {key: step.entries[key].clone() for key in step.overwritten}))
+                    made.put_spares(self._spares, step.state)
+                    step.reset()
+                    made.spares_left(step.lacks)
+                state, self.now = step.state, step.present
+        finally:
+            made.hold(state)
+        for key, like, runs in self._columns:
+            for first, values in runs:
+                many = min(values.shape[1], count - first)
+                if many > 0:
+                    columns.part(key, like, first, many).copy_(values[:, :many])
+        for k, leaves in saved:
+            for key, x in leaves.items():
+                columns.part(key, x, k, 1).copy_(x.unsqueeze(1))
+        columns.go_on(count)
+
+    def _before(self, k: int) -> _Start | _Step:
+        return self._steps[k - 1] if k else self._start
+
+    def _ring(self, tape: Tape, step: _Step) -> Ring:
+        """Memory for all steps; of the first step's results those are kept that are read after it."""
+        read = [*step.entries.values(), *step.state, *step.present.values(), *step.shown, *step.valid]
+        kept = {n: x for n, x in enumerate(tape.allocated) if _storage(x) in _storages(read)}
+        size = self.parts[-1] * sum(x.nbytes for x in kept.values())
+        if size > _MOST_BYTES:
+            raise NotRecordable(f"a chunk of steps needs {size / 1e6:.0f} MB")
+        ring = Ring(self.parts[-1], kept)
+        present = {key: ring.start(x) for key, x in step.present.items()}
+        self._carried = [key for key, x in present.items() if not _overlaps(x)]  # those are views of others
+        self._places = [present[key] for key in self._carried]
+        self._start = _Start(self._start.state, present)
+        return ring
+
+    def _recorded(self, tape: Tape, before: _Start | _Step) -> _Step:
+        made, present = self._made, before.present
+        with tape:
+            seen = {key: x for key, x in present.items() if key not in self._sums}
+            entries = seen | self._act(seen)
+            found = made.advance(before.state, entries, [present[key] for key in self._sums])
+            entries, following = self._combine(entries, made.unended(found))
+            written = _storages([*found.state, *found.shown])  # by a reset
+            shown = made.flat(found.shown)
+            for key, x in following.items():
+                if key not in shown and _storage(x) in written:
+                    following[key] = x.clone()
+        reset = Tape()
+        with reset:
+            state, after, counters, lacks = made.take(found.state, found.shown, self._spares)
+            pairs = list(zip([*found.state, *found.shown, *self._spares], [*state, *after, *counters]))
+            torch._foreach_copy_(*map(list, zip(*[(a, b) for a, b in pairs if a is not b])))
+        overwritten = [key for key, x in entries.items() if _storage(x) in written and x is not seen.get(key)]
+        over = made.ended(found.shown)
+        return _Step(
+            tape, entries, found.state, following, found.shown, found.valid, over, reset, lacks, overwritten
+        )
+
+
+class _Start(NamedTuple):
+    """Where a chunk starts from."""
+
+    state: list[Tensor]
+    present: Leaves
+
+
+class _Step(NamedTuple):
+    """A recorded step: what does it again, and where its results are."""
+
+    tape: Tape
+    entries: Leaves  # of the batch
+    state: list[Tensor]
+    present: Leaves  # of the next step
+    shown: list[Tensor]
+    valid: list[Tensor]
+    over: Tensor  # [E]
+    reset: Tape  # begins the episodes that are over anew, in place
+    lacks: Tensor  # [], whether a spare is lacking then
+    overwritten: list[Key]  # entries where a reset writes
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    return {_storage(x) for x in tensors}
+
+
+def _kinds(tape: Tape) -> list[Any]:
+    return [(x.shape, x.stride(), x.dtype) for x in tape.allocated]
+
+
+def _overlaps(x: Tensor) -> bool:
+    return any(step == 0 and many > 1 for step, many in zip(x.stride(), x.shape))
+
+
+def _runs(tensors: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """The tensors `[E, ...]` of successive steps as few tensors `[E, k, ...]`, each after its first step.
+
+    Those at equal distances in one memory are a view.
+    """
+    found: list[tuple[int, Tensor]] = []
+    first = 0
+    while first < len(tensors):
+        one, end = tensors[first], first + 1
+        distance = 0
+        while end < len(tensors) and _storage(tensors[end]) == _storage(one):
+            step = tensors[end].storage_offset() - tensors[end - 1].storage_offset()
+            if tensors[end].stride() != one.stride() or (end > first + 1 and step != distance) or step < 0:
+                break
+            distance, end = step, end + 1
+        size = one.shape[0], end - first, *one.shape[1:]
+        stride = one.stride(0), distance, *one.stride()[1:]
+        found.append((first, one.as_strided(size, stride, one.storage_offset())))
+        first = end
+    return found
