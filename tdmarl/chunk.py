@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tdmarl import host
 from tdmarl.cpu_graph import NotRecordable, Tape
+from tdmarl.functions import Leaves, ModuleFunction
 from tdmarl.keys import Key
 
 if TYPE_CHECKING:
-    from tdmarl.rollout import Act, Columns
+    from tdmarl.rollout import Columns
 
-Leaves = dict[Key, Tensor]
 _MOST_BYTES = 2**26  # of a chunk's steps: beyond, a step's work outweighs its Python
 _ALIGNED = 64  # bytes
 
@@ -48,7 +48,7 @@ class Ring:
         return allocate
 
     def start(self, result: Tensor) -> Tensor:
-        """Where something is before the first step that the example step, whose allocations are kept, has as `result`."""
+        """Where something lies before the first step that is a `result` of the step whose allocations are kept."""
         for n, x in self._kept.items():
             if _storage(x) == _storage(result):
                 first = self.of_step(-1)(n, x.shape, x.stride(), x.dtype)
@@ -63,7 +63,7 @@ class Chunk:
     Resets are a function apart, called where an episode has ended. Recording takes no step and draws nothing.
 
     Args:
-        act (Act): the policy.
+        act (ModuleFunction): the policy.
         made (CompiledVmas): the environment's functions.
         combine (callable): from a step's entries, the transition and what was carried to it: all of the step's
             entries, and what is carried on.
@@ -77,7 +77,7 @@ class Chunk:
 
     def __init__(
         self,
-        act: Act,
+        act: ModuleFunction,
         made: Any,
         combine: Callable[..., Any],
         present: Leaves,
@@ -88,7 +88,9 @@ class Chunk:
         self._act, self._made, self._combine, self._sums = act, made, combine, sums
         self._steps: list[_Step] = []
         self._spares = [x.clone() for x in made.recording.empty]
-        self._start = _Start([x.clone() for x in made.state()], {key: x.clone() for key, x in present.items()})
+        self._start = _Start(
+            [x.clone() for x in made.state()], {key: x.clone() for key, x in present.items()}
+        )
         before = [act.parameters[place].clone() for place in act.changed]
         self.now = present
         try:
@@ -103,7 +105,9 @@ class Chunk:
             for place, x in zip(act.changed, before):
                 act.parameters[place].copy_(x)
         entries = [step.entries for step in self._steps]
-        self._columns = [(key, x, _runs([leaves[key] for leaves in entries])) for key, x in entries[0].items()]
+        self._columns = [
+            (key, x, _runs([leaves[key] for leaves in entries])) for key, x in entries[0].items()
+        ]
 
     def __call__(self, present: Leaves, count: int, columns: Columns) -> None:
         """Takes `count` steps and writes them into the batch; `now` is then what is carried on."""
@@ -140,7 +144,8 @@ class Chunk:
     def _ring(self, tape: Tape, step: _Step) -> Ring:
         """Memory for all steps; of the first step's results those are kept that are read after it."""
         read = [*step.entries.values(), *step.state, *step.present.values(), *step.shown, *step.valid]
-        kept = {n: x for n, x in enumerate(tape.allocated) if _storage(x) in _storages(read)}
+        memory = _Memory(read)
+        kept = {n: x for n, x in enumerate(tape.allocated) if x in memory}
         size = self.parts[-1] * sum(x.nbytes for x in kept.values())
         if size > _MOST_BYTES:
             raise NotRecordable(f"a chunk of steps needs {size / 1e6:.0f} MB")
@@ -157,18 +162,20 @@ class Chunk:
             seen = {key: x for key, x in present.items() if key not in self._sums}
             entries = seen | self._act(seen)
             found = made.advance(before.state, entries, [present[key] for key in self._sums])
+            found = _apart(found, _Memory(tape.allocated), _Memory(before.state))
             entries, following = self._combine(entries, made.unended(found))
-            written = _storages([*found.state, *found.shown])  # by a reset
+            written = _Memory([*found.state, *found.shown])  # by a reset
             shown = made.flat(found.shown)
             for key, x in following.items():
-                if key not in shown and _storage(x) in written:
+                if key not in shown and x in written:
                     following[key] = x.clone()
         reset = Tape()
         with reset:
             state, after, counters, lacks = made.take(found.state, found.shown, self._spares)
             pairs = list(zip([*found.state, *found.shown, *self._spares], [*state, *after, *counters]))
-            torch._foreach_copy_(*map(list, zip(*[(a, b) for a, b in pairs if a is not b])))
-        overwritten = [key for key, x in entries.items() if _storage(x) in written and x is not seen.get(key)]
+            moved = [(place, x) for place, x in pairs if place is not x]
+            torch._foreach_copy_([place for place, _ in moved], [x for _, x in moved])
+        overwritten = [key for key, x in entries.items() if x in written]
         over = made.ended(found.shown)
         return _Step(
             tape, entries, found.state, following, found.shown, found.valid, over, reset, lacks, overwritten
@@ -201,12 +208,51 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _storages(tensors: Sequence[Tensor]) -> set[int]:
-    return {_storage(x) for x in tensors}
+class _Memory:
+    """The addresses of tensors, between the first and the last of each.
+
+    Args:
+        tensors (iterable of Tensor): whose memory it is.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._spans = [_span(x) for x in tensors if x.numel()]
+
+    def __contains__(self, x: Tensor) -> bool:
+        """Whether a part of it is a part of `x`."""
+        first, last = _span(x)
+        return any(first <= end and begin <= last for begin, end in self._spans)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Where its first and its last element begin."""
+    reach = sum(step * (many - 1) for step, many in zip(x.stride(), x.shape))
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()
+
+
+def _apart(found: Any, fresh: _Memory, state: _Memory) -> Any:
+    """A step whose results are its own, so that a reset may write into them and later steps do not.
+
+    What a step does not change is the very tensor that it is given, and what never changes may be a graph's own.
+    The state alone may stay where it is.
+    """
+
+    def own(tensors: list[Tensor]) -> list[Tensor]:
+        return [x if x in fresh else x.clone() for x in tensors]
+
+    kept = [x if x in fresh or x in state else x.clone() for x in found.state]
+    shown, rewards, totals, sums = map(own, (found.shown, found.rewards, found.totals, found.sums))
+    return found._replace(state=kept, shown=shown, rewards=rewards, totals=totals, sums=sums)
+
+
+def _lie_alike(x: Tensor, y: Tensor) -> bool:
+    return all(many == 1 or a == b for many, a, b in zip(x.shape, x.stride(), y.stride()))
 
 
 def _kinds(tape: Tape) -> list[Any]:
-    return [(x.shape, x.stride(), x.dtype) for x in tape.allocated]
+    """Sizes, strides where they matter, and types of what it asked memory for."""
+    strides = [[step for step, many in zip(x.stride(), x.shape) if many > 1] for x in tape.allocated]
+    return [(x.shape, stride, x.dtype) for x, stride in zip(tape.allocated, strides)]
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -221,11 +267,10 @@ def _runs(tensors: list[Tensor]) -> list[tuple[int, Tensor]]:
     found: list[tuple[int, Tensor]] = []
     first = 0
     while first < len(tensors):
-        one, end = tensors[first], first + 1
-        distance = 0
+        one, end, distance = tensors[first], first + 1, 0
         while end < len(tensors) and _storage(tensors[end]) == _storage(one):
-            step = tensors[end].storage_offset() - tensors[end - 1].storage_offset()
-            if tensors[end].stride() != one.stride() or (end > first + 1 and step != distance) or step < 0:
+            step = int(tensors[end].storage_offset() - tensors[end - 1].storage_offset())
+            if not _lie_alike(tensors[end], one) or (end > first + 1 and step != distance) or step < 0:
                 break
             distance, end = step, end + 1
         size = one.shape[0], end - first, *one.shape[1:]

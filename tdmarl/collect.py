@@ -254,9 +254,12 @@ class Collector(BaseCollector):
         """How batches are made: by compiled functions of tensors, or by the ordinary loop."""
         if getattr(self.env, "mode", "eager") == "eager":
             return "the ordinary loop"
-        reason = self._fused.reason
-        policy = "compiled, too" if reason is None else f"called as it is ({reason})"
-        return f"compiled functions of tensors, the policy {policy}"
+        fused = self._fused
+        policy = "compiled, too" if fused.reason is None else f"called as it is ({fused.reason})"
+        how = f"compiled functions of tensors, the policy {policy}"
+        if fused.whole_because:
+            return f"{how}, step by step ({fused.whole_because})"
+        return f"{how}, in recorded chunks" if fused.in_chunks else how
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Batches until ``total_frames``; `for batch in collector` is the same."""

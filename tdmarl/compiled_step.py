@@ -12,8 +12,7 @@ import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, fx, nn
 
-from tdmarl import compiling, tracing
-from tdmarl.cpu_graph import Compiled, Replayed
+from tdmarl import compiling, cpu_graph, tracing
 from tdmarl.cpu_loops import suit_cpu
 from tdmarl.cuda_graph import Captured
 from tdmarl.frozen import frozen, plain
@@ -154,7 +153,7 @@ class _Function:
             own = list(range(len(self._keys), len(everything)))
             self._call = Captured(self._call, everything, own, [])
         elif mode == "compile" and self.blocks == 1 and all(x.device.type == "cpu" for x in everything):
-            self._call = Replayed(self._call, len(self._keys))
+            self._call = cpu_graph.Replayed(self._call, len(self._keys))
 
     def _cut(
         self,
@@ -206,7 +205,7 @@ class _Function:
             return graph
         if all(x.device.type == "cpu" for x in examples):
             suit_cpu(graph)
-        return Compiled(graph, examples, _INDUCTOR)
+        return cpu_graph.Compiled(graph, examples, _INDUCTOR)
 
     def _functional(
         self, step: Step, due: tuple[bool, ...], inputs: list[Tensor], size: torch.Size

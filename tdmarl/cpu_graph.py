@@ -125,13 +125,11 @@ class Tape(TorchDispatchMode):
         with self._apart():
             place = self._empty(_empty_strided, found.shape, found.stride(), found.dtype).copy_(found)
         if func is aten.clone.default:
-            again = functools.partial(place.copy_, args[0])
+            self.calls.append(functools.partial(place.copy_, args[0]))
         elif func in _DRAWS and kwargs.get("generator") is None and place.is_contiguous():
-            again = functools.partial(_DRAWS[func], place)
+            self.calls.append(functools.partial(_DRAWS[func], place))
         else:
-            make = again
-            again = lambda: place.copy_(make())  # noqa: E731
-        self.calls.append(again)
+            self.calls.append(lambda: place.copy_(again()))
         return place
 
     @contextlib.contextmanager

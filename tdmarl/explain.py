@@ -33,7 +33,8 @@ def explain(algo: Any, env: EnvBase, collector: Collector | None = None) -> str:
           agents    4 agents, observation (18,), action (2,)
         update      eager: PolicyLoss of 5,928 parameters, ValueLoss of 9,553 parameters, minibatches of 8 rows
     """
-    lines = [*_simulation(env), *_rollout(collector), *_precision(algo.policy), *_updates("", algo.learner)]
+    lines = [*_simulation(env), *_rollout(collector), *_precision(algo.policy)]
+    lines += [*_values(algo.learner), *_updates("", algo.learner)]
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name:<{width}}  {what}" for name, what in lines)
     print(text)
@@ -76,6 +77,15 @@ def _precision(policy: nn.Module) -> Iterator[tuple[str, str]]:
     kinds = {layer.products for layer in policy.modules() if getattr(layer, "products", None) is not None}
     if kinds:
         yield "networks", f"hidden layers multiply in {' and '.join(str(kind).split('.')[1] for kind in kinds)}"
+
+
+def _values(learner: Any) -> Iterator[tuple[str, str]]:
+    """How a batch is valued once before it is learned from, where that may be compiled."""
+    prepare = getattr(learner, "prepare", None)
+    fast = getattr(getattr(prepare, "advantage", prepare), "accelerated", None)
+    if fast is not None:
+        how = f"eager ({fast.reason})" if fast.reason else "compile"
+        yield "values", f"{how}: {type(fast.module).__name__} of the whole batch"
 
 
 def _updates(name: str, learner: Any) -> Iterator[tuple[str, str]]:

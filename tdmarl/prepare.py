@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from tdmarl import host, reduce
+from tdmarl.functions import Accelerated
 from tdmarl.keys import entry, per_agent
 from tdmarl.recurrent import after, hidden_keys
 
@@ -46,13 +47,18 @@ def generalized_advantage(
         tuple[Tensor, Tensor]: advantage and lambda-return, ``[*B, T, n, 1]``.
     """
     delta = reward + gamma * next_value.masked_fill(terminated, 0) - value
-    running = torch.zeros_like(delta.select(time_dim, 0))
-    advantages = []
-    for d, over in zip(reversed(delta.unbind(time_dim)), reversed(done.unbind(time_dim))):
+    advantage, keeps = delta, (gamma * lmbda * torch.ones_like(delta)).masked_fill(done, 0)
+    steps, reach = delta.shape[time_dim], 1
+    while reach < steps:  # of how many steps the sums are doubles each time
+        later = advantage.narrow(time_dim, reach, steps - reach)
+        kept = keeps.narrow(time_dim, 0, steps - reach)
         # what comes after an end may hold anything
-        running = d + (gamma * lmbda * running).masked_fill(over, 0)
-        advantages.append(running)
-    advantage = torch.stack(advantages[::-1], time_dim)
+        more = (kept * later).masked_fill(kept == 0, 0)
+        last = advantage.narrow(time_dim, steps - reach, reach)
+        advantage = torch.cat([advantage.narrow(time_dim, 0, steps - reach) + more, last], time_dim)
+        further = keeps.narrow(time_dim, reach, steps - reach)
+        keeps = torch.cat([kept * further, keeps.narrow(time_dim, steps - reach, reach)], time_dim)
+        reach *= 2
     return advantage, advantage + value
 
 
@@ -77,6 +83,7 @@ class Advantage(TensorDictModuleBase):
         standardize ("group", "agent" or None): advantages to mean 0 and standard deviation 1 over the live agents
             of the group, over each agent apart, or not at all; once per batch.
         actor (TensorDictModuleBase, optional): needed by a critic that reads actions.
+        mode (str): in ``compile`` and ``cudagraph`` a feed-forward critic is compiled for the batch's many rows.
 
     Reads the critic's inputs at root and ``next``, ``("next", group, reward | done | terminated)`` (a root
     ``done``, ``terminated`` or ``reward`` serves a group that has none) and ``(group, mask)`` if there. The batch is
@@ -93,6 +100,7 @@ class Advantage(TensorDictModuleBase):
         lmbda: float = 0.95,
         standardize: str | None = "group",
         actor: TensorDictModuleBase | None = None,
+        mode: str = "eager",
     ) -> None:
         super().__init__()
         for name, number in (("gamma", gamma), ("lmbda", lmbda)):
@@ -108,6 +116,8 @@ class Advantage(TensorDictModuleBase):
                 "The critic reads actions: Advantage needs actor= to know those after the last step."
             )
         self.hidden = hidden_keys(critic)
+        is_fast = mode in ("compile", "cudagraph") and not self.hidden
+        self.accelerated = Accelerated(critic, "values") if is_fast else None
         carried = {"is_init", *self.hidden}
         states = [key for key in critic.in_keys if not self._is_action(key) and key not in carried]
         self.in_keys = [*critic.in_keys, *(after(key) for key in states)]
@@ -122,8 +132,11 @@ class Advantage(TensorDictModuleBase):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        fast = None if reduce.has_seed_axis() else self.accelerated
+        if fast is not None:
+            fast.begin()
         with set_recurrent_mode(True):
-            valued = self._ask(tensordict.select(*self.critic.in_keys, strict=False))
+            valued = self._ask(tensordict.select(*self.critic.in_keys, strict=False), fast)
         states = {key: valued.get(after(key)) for key in self.hidden}  # after each step
         written = valued.select(*(key for key in self.critic.out_keys if key in self.out_keys))
         with set_recurrent_mode(False):  # single steps, each with its own state
@@ -152,15 +165,16 @@ class Advantage(TensorDictModuleBase):
             tensordict.set(key, before.masked_fill(begins, 0))
         return tensordict.update(written)
 
-    def _ask(self, given: TensorDictBase) -> TensorDictBase:
+    def _ask(self, given: TensorDictBase, fast: Accelerated | None = None) -> TensorDictBase:
         """What the critic writes, some rows at a time: its layers' outputs may be far larger than the batch."""
+        ask = fast or (lambda part: self.critic(part).select(*self.critic.out_keys))
         first = int(reduce.has_seed_axis())
         size = given.shape[first] * max(_ROWS, given.numel() // _PARTS) // max(1, given.numel())
         in_time = bool(self.hidden) and given.ndim == first + 1  # a recurrent critic goes through it in one pass
         if in_time or size >= given.shape[first]:
-            return self.critic(given).select(*self.critic.out_keys)
+            return ask(given)
         parts = given.split(max(1, size), first)
-        return torch.cat([self.critic(part).select(*self.critic.out_keys) for part in parts], first)
+        return torch.cat([ask(part) for part in parts], first)
 
     def _next_values(
         self, batch: TensorDictBase, written: TensorDictBase, states: dict[NestedKey, Tensor]
@@ -351,6 +365,7 @@ class JointAdvantage(TensorDictModuleBase):
         team_reward ("mean" or "sum"): over all agents.
         gamma, lmbda (float): see :func:`generalized_advantage`.
         standardize (bool): to mean 0 and standard deviation 1, once per batch.
+        mode (str): see :class:`Advantage`.
 
     Writes root ``state_value | value_target`` ``[*B, T, 1]``, ``(group, advantage | factor)`` ``[*B, T, n, 1]``.
     """
@@ -365,11 +380,12 @@ class JointAdvantage(TensorDictModuleBase):
         gamma: float = 0.99,
         lmbda: float = 0.95,
         standardize: bool = True,
+        mode: str = "eager",
     ) -> None:
         super().__init__()
         self.groups, self.sizes, self.standardize = tuple(groups), tuple(sizes), standardize
         self.reward = TeamReward(groups, team_reward)
-        self.advantage = Advantage(critic, [None], gamma=gamma, lmbda=lmbda, standardize=None)
+        self.advantage = Advantage(critic, [None], gamma=gamma, lmbda=lmbda, standardize=None, mode=mode)
         self.in_keys = [*self.advantage.in_keys, *self.reward.in_keys]
         written = [(g, name) for g in self.groups for name in ("advantage", "factor")]
         self.out_keys = [*self.advantage.out_keys, *written]

@@ -17,71 +17,16 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdmarl import compiling, tracing
 from tdmarl.chunk import Chunk
 from tdmarl.cpu_graph import NotRecordable
 from tdmarl.cuda_graph import Captured
-from tdmarl.envs.capture import Function
-from tdmarl.frozen import frozen, parameters
+from tdmarl.functions import MOST_BUILDS, Layout, Leaves, ModuleFunction, leaves
 from tdmarl.keys import Key, as_tuple
 
 CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
-_MOST_BUILDS = 3
-
-Leaves = dict[Key, Tensor]
-
-
-def leaves(tensordict: TensorDictBase) -> Leaves:
-    """Every tensor of a tensordict by its key, a tuple.
-
-    Raises:
-        Untraceable: an entry is none.
-    """
-    found: Leaves = {}
-    for key, value in tensordict.items(include_nested=True, leaves_only=True):
-        if not isinstance(value, Tensor):
-            raise tracing.Untraceable(f"the entry {key} is {type(value).__name__} and no tensor")
-        found[as_tuple(key)] = value
-    return found
-
-
-class Layout:
-    """How entries nest: the batch sizes of the tensordicts that hold them.
-
-    Args:
-        root (TensorDictBase): `[E]`, what a policy sees; its nested tensordicts may have more dimensions.
-    """
-
-    def __init__(self, root: TensorDictBase) -> None:
-        self.device = root.device
-        self._sizes: dict[Key, torch.Size] = {(): root.batch_size}
-        for key, value in root.items(include_nested=True):
-            if isinstance(value, TensorDictBase):
-                self._sizes[as_tuple(key)] = value.batch_size
-
-    def nest(self, entries: Leaves, time: int | None = None) -> TensorDict:
-        """A tensordict of the entries, with a dimension of time after the first if there is one.
-
-        It makes no checks, which would cost more than a small policy.
-        """
-        tree: dict[str, Any] = {}
-        for key, value in entries.items():
-            owner = tree
-            for name in key[:-1]:
-                owner = owner.setdefault(name, {})
-            owner[key[-1]] = value
-        return self._tensordict(tree, (), time)
-
-    def _tensordict(self, tree: dict[str, Any], path: Key, time: int | None) -> TensorDict:
-        size = self._sizes.get(path[1:] if path[:1] == ("next",) else path, self._sizes[()])
-        if time is not None:
-            size = torch.Size([size[0], time, *size[1:]])
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                tree[key] = self._tensordict(value, (*path, key), time)
-        return TensorDict._new_unsafe(tree, batch_size=size, device=self.device)
 
 
 class Columns:
@@ -132,78 +77,11 @@ class Columns:
         self._written += count
 
 
-class Act:
-    """A policy as one function of tensors: its own parameters, which stay where they are, and what it reads.
-
-    Args:
-        policy (nn.Module): its parameters and buffers may change in place between calls.
-        root (TensorDictBase): what it sees, for its keys and shapes.
-        mode (str): see `tdmarl.envs.capture.Function`.
-
-    Attributes:
-        parameters (list of Tensor): parameters and buffers.
-        changed (list of int): which of them a call changes.
-
-    Raises:
-        Untraceable: the policy asks the device for something, or is more than tensors and fixed Python.
-    """
-
-    def __init__(self, policy: nn.Module, root: TensorDictBase, mode: str) -> None:
-        self._policy, self._layout, self._seen = policy, Layout(root), dict.fromkeys(leaves(root), True)
-        self._frozen_at = frozen(policy)
-        self._names = list(parameters(policy))
-        self.parameters = [x.detach() for x in parameters(policy).values()]
-        self._written: list[Key] = []
-        self.changed: list[int] = []
-        inputs = [*self.parameters, *(x.contiguous() for x in leaves(root).values())]
-        places, device = set(range(len(self._names))), inputs[-1].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # recording is no draw
-            graph = tracing.trace(self._run, inputs)
-            if self.is_stale():
-                raise tracing.Untraceable("the policy's Python changes from call to call")
-            streams = contextlib.nullcontext()
-            self._function = Function(graph, inputs, root.shape[0], set(), mode, streams, None, places)
-        for place, key in enumerate(self._seen, len(self._names)):
-            self._seen[key] = place in self._function.used
-
-    def is_stale(self) -> bool:
-        """Whether the policy's Python has changed since it was recorded, or its parameters were replaced."""
-        return frozen(self._policy) != self._frozen_at
-
-    def __call__(self, root: Leaves) -> Leaves:
-        """What the policy writes."""
-        outputs = self._function([*self.parameters, *self._given(root)])
-        for place, value in zip(self.changed, outputs[len(self._written) :]):
-            self.parameters[place].copy_(value)
-        return dict(zip(self._written, outputs))
-
-    def inside(self, parameters: list[Tensor], root: Leaves) -> tuple[Leaves, list[Tensor]]:
-        """What the policy writes, and the parameters that it changes; to be captured."""
-        outputs = self._function.inside([*parameters, *self._given(root)])
-        return dict(zip(self._written, outputs)), outputs[len(self._written) :]
-
-    def _given(self, root: Leaves) -> list[Tensor]:
-        """As it was recorded: compiled code does not look. What it does not read may be as it is."""
-        return [root[key].contiguous() if read else root[key] for key, read in self._seen.items()]
-
-    def _run(self, *inputs: Tensor) -> list[Tensor]:
-        n, versions = len(self._names), [x._version for x in inputs]
-        own, seen = inputs[:n], dict(zip(self._seen, inputs[n:]))
-        given = self._layout.nest(dict(seen))
-        out = leaves(torch.func.functional_call(self._policy, dict(zip(self._names, own)), (given,)))
-        changed = [i for i, x in enumerate(inputs) if x._version != versions[i]]
-        if any(i >= n for i in changed):
-            raise tracing.Untraceable("the policy writes into a tensor that it is shown")
-        written = {key: value for key, value in out.items() if seen.get(key) is not value}
-        self._written, self.changed = list(written), changed
-        return [*written.values(), *(own[i] for i in changed)]
-
-
 class OneGraph:
     """A whole step of a rollout as one CUDA graph: policy, environment, resets and sums of rewards.
 
     Args:
-        act (Act): the policy.
+        act (ModuleFunction): the policy.
         made (CompiledVmas): the environment's functions.
         combine (callable): from a step's entries, the transition and what was carried to it: all of the step's
             entries, and what is carried on.
@@ -212,7 +90,7 @@ class OneGraph:
     """
 
     def __init__(
-        self, act: Act, made: Any, combine: Callable[..., Any], present: Leaves, sums: list[Key]
+        self, act: ModuleFunction, made: Any, combine: Callable[..., Any], present: Leaves, sums: list[Key]
     ) -> None:
         self.parts = act, made
         self._made, self._carried = made, list(present)
@@ -274,7 +152,7 @@ class Rollout:
         self._sums = {as_tuple(reward): as_tuple(entry) for reward, entry in sums.items()}
         self._hidden = [as_tuple(key) for key in hidden]
         self._totals = list(self._sums.values())
-        self._act: Act | None = None
+        self._act: ModuleFunction | None = None
         self._graph: OneGraph | None = None
         self._chunk: Chunk | None = None
         self._unfit: Any = None
@@ -283,6 +161,11 @@ class Rollout:
         self.reason: str | None = (
             None if isinstance(policy, TensorDictModuleBase) else "it is no TensorDictModule"
         )
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether steps are recorded in chunks."""
+        return self._chunk is not None
 
     def is_possible(self) -> bool:
         """Whether the environment offers its functions; one that is compiled at its first use is compiled here."""
@@ -342,7 +225,7 @@ class Rollout:
                 self._env.go_on_from([present[key] for key in shown])
         return layout.nest(columns.entries, len(acts)), layout.nest(present)
 
-    def _recorded(self, act: Act | None, made: Any, present: Leaves, steps: int) -> Chunk | None:
+    def _recorded(self, act: ModuleFunction | None, made: Any, present: Leaves, steps: int) -> Chunk | None:
         """Steps of policy and environment in fixed places, where these can be recorded."""
         parts = act, made, min(CHUNK, steps)
         if act is None or not made.fits_tapes or self._unfit == parts:
@@ -356,7 +239,7 @@ class Rollout:
                 self._chunk, self._unfit, self.whole_because = None, parts, str(error)
         return self._chunk
 
-    def _written(self, act: Act | None, seen: Leaves, layout: Layout) -> Leaves:
+    def _written(self, act: ModuleFunction | None, seen: Leaves, layout: Layout) -> Leaves:
         return self._by(self._policy, seen, layout) if act is None else act(seen)
 
     @staticmethod
@@ -365,7 +248,7 @@ class Rollout:
         out = leaves(policy(layout.nest(dict(seen))))
         return {key: value for key, value in out.items() if seen.get(key) is not value}
 
-    def _captured(self, act: Act, made: Any, present: Leaves) -> OneGraph:
+    def _captured(self, act: ModuleFunction, made: Any, present: Leaves) -> OneGraph:
         if self._graph is None or self._graph.parts != (act, made):
 
             sums = [self._sums[key] for key in made.recording.reward_paths]
@@ -393,7 +276,7 @@ class Rollout:
         following["is_init",] = done
         return step, following
 
-    def _compiled(self, root: TensorDictBase) -> Act | None:
+    def _compiled(self, root: TensorDictBase) -> ModuleFunction | None:
         """The policy as a function, made anew where its Python has changed; None where it is called as it is."""
         if self.reason is not None:
             return None
@@ -402,10 +285,10 @@ class Rollout:
                 self._act = None
             if self._act is None:
                 self._builds += 1
-                if self._builds > _MOST_BUILDS:
-                    raise tracing.Untraceable(f"its Python changed {_MOST_BUILDS} times")
+                if self._builds > MOST_BUILDS:
+                    raise tracing.Untraceable(f"its Python changed {MOST_BUILDS} times")
                 with compiling.announced("the policy"):
-                    self._act = Act(self._policy, root, self._env.mode)  # type: ignore[arg-type]
+                    self._act = ModuleFunction(self._policy, root, self._env.mode)  # type: ignore[arg-type]
         except Exception as error:  # whatever recording and compiling come upon; calling it always works
             self._act, self.reason = None, f"{error}"
         return self._act

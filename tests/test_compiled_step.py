@@ -234,7 +234,7 @@ def test_captured_it_is_the_recorded_step(monkeypatch):
     """The capture is a stand-in: state stays where it is, metrics are copied out before the next replay."""
     count = [0]
     monkeypatch.setattr(cuda_graph, "_capture", lambda run: record(run, count))
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    monkeypatch.setattr("tdmarl.cpu_graph.Compiled", lambda graph, inputs, options: graph)
     plain, step, take = pair(lambda loss: adam([*loss.parameters()], 0.1), "cudagraph")
     found = [take(rows(i))["loss_x"] for i in range(4)]
     expected = [plain(rows(i))["loss_x"] for i in range(4)]
@@ -337,7 +337,7 @@ def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
         raise RuntimeError("No working C++ compiler found\nand more")
 
     plain, step, take = pair(lambda loss: adam([*loss.parameters()], 0.1), "compile")
-    monkeypatch.setattr(torch._inductor, "compile", missing)
+    monkeypatch.setattr("tdmarl.cpu_graph.Compiled", missing)
     with pytest.warns(UserWarning, match=r"compiling failed: RuntimeError: No working C\+\+ compiler found\."):
         take(rows())
     plain(rows())

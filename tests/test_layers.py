@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
     {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host", "compiling"},
-    {"cuda_graph", "frozen", "fast_tanh", "cpu_loops", "row_blocks"},
+    {"cuda_graph", "cpu_graph", "frozen", "fast_tanh", "cpu_loops", "row_blocks", "functions"},
     {"nets"},
     {"recurrent", "precision"},
     {"actors"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"learners", "team_values", "team_actions", "replay"},
     {"mixing", "maddpg_loss"},
     {"envs", "log", "stats", "plot", "video", "distributed"},
-    {"rollout"},
+    {"rollout", "chunk"},
     {"collect"},
     {"evaluate", "explain"},
     {"options"},
@@ -34,6 +34,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NO_ALGORITHMS = {
     "envs",
     "rollout",
+    "chunk",
     "collect",
     "evaluate",
     "run",
@@ -78,6 +79,8 @@ NO_ENVIRONMENTS = {
     "compiled_step",
     "tracing",
     "cuda_graph",
+    "cpu_graph",
+    "functions",
     "frozen",
     "fast_tanh",
     "cpu_loops",

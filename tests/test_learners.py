@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
+from tdmarl.buffers import take_rows
 from tdmarl.learners import BatchBuffer, Learner
 from tdmarl.replay import Replay
 from tdmarl.step import Part, Step
@@ -148,3 +149,14 @@ def test_a_batch_is_let_go_of_once_it_is_learnt_from():
     assert len(buffer) == 0
     with pytest.raises(RuntimeError, match="empty"):
         buffer.sample()
+
+
+def test_rows_are_taken_as_by_an_index():
+    group = TensorDict({"x": torch.randn(6, 2, 3), "flag": torch.rand(6, 2) > 0.5}, [6, 2])
+    rows = TensorDict({"g": group, "done": torch.zeros(6, 1, dtype=torch.bool)}, [6])
+    for data in (rows, rows.unsqueeze(1).expand(6, 4)):  # rows, and sequences that are views
+        index = torch.tensor([5, 0, 5, 3])
+        found, expected = take_rows(data, index), data[index]
+        assert found.batch_size == expected.batch_size and found["g"].batch_size == expected["g"].batch_size
+        for key in expected.keys(True, True):
+            assert torch.equal(found[key], expected[key])

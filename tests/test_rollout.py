@@ -136,7 +136,7 @@ def test_one_captured_graph_is_the_ordinary_loop(case: str, monkeypatch: pytest.
     name, kwargs, policy = CASES[case]
     count = [0]
     monkeypatch.setattr(cuda_graph, "_capture", lambda run: record(run, count))
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    monkeypatch.setattr("tdmarl.cpu_graph.Compiled", lambda graph, inputs, options: graph)
     monkeypatch.setattr("tdmarl.host.is_surely_false", lambda flags: False)  # a GPU's flags are not looked at
     fused, plain = pair(name, kwargs, policy, init_random_frames=ENVS * 2)
     fused.env.mode = "cudagraph"

@@ -180,6 +180,7 @@ def happo(
         gamma=gamma,
         lmbda=lmbda,
         standardize=normalize_advantage,
+        mode=mode,
     )
     check_chain(collected(env, explore), [("JointAdvantage", prepare), ("the critic's loss", value_step)])
     annealing = None

@@ -177,7 +177,7 @@ def mappo(
             buffers=[(loss, "entropy_coeff") for loss in policy_losses],
         )
     prepare = Advantage(
-        critic, members.names, gamma=gamma, lmbda=lmbda, standardize=normalize_advantage, actor=policy
+        critic, members.names, gamma=gamma, lmbda=lmbda, standardize=normalize_advantage, actor=policy, mode=mode
     )
     step = Step(parts)
     check_chain(collected(env, explore), [("Advantage", prepare), ("the losses", step)])

@@ -106,26 +106,6 @@ class _Running:
                 found[group.name, end] = found[end,].unsqueeze(1).expand(-1, len(group.indices), 1)
         return found
 
-    def transition(self, entries: Any, sums: list[Tensor]) -> Transition:
-        """A step, and the reset of what ended in it.
-
-        Args:
-            entries (mapping): has each group's action under `(group, "action")`.
-            sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
-        """
-        _, _, shown, rewards, totals, sums = self._advance(self._actions(entries), sums)
-        mask = self.ended(shown)
-        following = shown if host.is_surely_false(mask) else self._restart(mask, shown)
-        return Transition(shown, rewards, totals, following, sums)
-
-    def unended(self, found: Advance) -> Transition:
-        """A step after which nothing is reset."""
-        return Transition(found.shown, found.rewards, found.totals, found.shown, found.sums)
-
-    def ended(self, shown: list[Tensor]) -> Tensor:
-        """Where the episode is over, [E]."""
-        return shown[self._done].squeeze(-1)
-
     def _actions(self, entries: Any) -> list[Tensor]:
         return [group.action(entries) for group in self._groups]
 
@@ -248,6 +228,26 @@ class CompiledVmas(_Running):
         Untraceable: see there; the core is then as it was.
     """
 
+    def transition(self, entries: Any, sums: list[Tensor]) -> Transition:
+        """A step, and the reset of what ended in it.
+
+        Args:
+            entries (mapping): has each group's action under `(group, "action")`.
+            sums (list of Tensor): of rewards, `[E, n, 1]` per group, since each episode began.
+        """
+        _, _, shown, rewards, totals, sums = self._advance(self._actions(entries), sums)
+        mask = self.ended(shown)
+        following = shown if host.is_surely_false(mask) else self._restart(mask, shown)
+        return Transition(shown, rewards, totals, following, sums)
+
+    def unended(self, found: Advance) -> Transition:
+        """A step after which nothing is reset."""
+        return Transition(found.shown, found.rewards, found.totals, found.shown, found.sums)
+
+    def ended(self, shown: list[Tensor]) -> Tensor:
+        """Where the episode is over, [E]."""
+        return shown[self._done].squeeze(-1)
+
     @property
     def fits_one_graph(self) -> bool:
         """Whether steps and resets can be a part of one CUDA graph with the policy, which draws from another stream."""
@@ -294,7 +294,9 @@ class CompiledVmas(_Running):
         given = self._given(self._actions(entries), sums)
         return self._parts(self.recording.step(state + given, inside=True), len(sums))
 
-    def take(self, state: list[Tensor], shown: list[Tensor], spares: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    def take(
+        self, state: list[Tensor], shown: list[Tensor], spares: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """State, what is shown, counters and whether one lacks, after what ended was reset, to be captured."""
         n, m = len(state), len(shown)
         *outputs, lacks = self.recording.take.inside(state + shown + spares + [self.ended(shown)])

@@ -1,0 +1,168 @@
+"""Compiled functions done again without their Python: the same numbers, in the same places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tdmarl import cpu_graph
+from tdmarl.cpu_graph import Compiled, NotRecordable, Replayed, Tape
+
+A, B = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 16).view(4, 4)
+
+
+def layered(a: Tensor, b: Tensor) -> list[Tensor]:
+    """A product, a draw, loops over both, views of a result and of an input, and an input itself."""
+    x = torch.sin(a @ b)
+    noise = torch.randn(3, 4) + torch.rand(3, 4)
+    y = x.T * 2
+    return [y, (x + noise).sum(0), x[:, 1:], a.view(-1), a, noise]
+
+
+def graph_of(function: Any, *inputs: Tensor) -> fx.GraphModule:
+    return make_fx(function)(*inputs)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return Compiled(graph_of(layered, A, B), [A, B], {"fallback_random": True})
+
+
+def test_a_tape_does_again_what_a_compiled_function_did(compiled: Compiled) -> None:
+    a, b = A.clone(), B.clone()
+    torch.manual_seed(0)
+    expected = compiled(a, b)
+    torch.manual_seed(0)
+    with Tape() as tape:
+        found = compiled(a, b)
+    for x, y in zip(found, expected):
+        assert torch.equal(x, y)
+    places = [x.data_ptr() for x in found]
+    for seed in (1, 2):
+        a.copy_(A * seed + 0.5), b.copy_(B - seed)
+        torch.manual_seed(seed)
+        expected = compiled(a.clone(), b.clone())
+        torch.manual_seed(seed)
+        tape()
+        assert torch.equal(torch.get_rng_state(), _after(seed, compiled))
+        for x, y in zip(found, expected):
+            assert torch.equal(x, y)
+    assert [x.data_ptr() for x in found] == places
+    kernels = [
+        call for call in tape.calls if "kernel" in getattr(getattr(call, "func", None), "__name__", "")
+    ]
+    assert kernels and len(tape.calls) <= 6, "no allocation, no view and no wrapper is called again"
+
+
+def _after(seed: int, compiled: Compiled) -> Tensor:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        compiled(A, B)
+        return torch.get_rng_state()
+
+
+def test_a_tape_writes_where_its_function_wrote() -> None:
+    def step(w: Tensor, grad: Tensor) -> list[Tensor]:
+        new = w - 0.5 * grad.cos()
+        w.copy_(new)
+        return [new.sum()]
+
+    w, grad = torch.ones(5), torch.linspace(0, 1, 5)
+    made = Compiled(graph_of(step, w.clone(), grad), [w.clone(), grad], {})
+    with Tape() as tape:
+        (total,) = made(w, grad)
+    torch.testing.assert_close(w, 1 - 0.5 * grad.cos())
+    grad.zero_()
+    tape()
+    torch.testing.assert_close(w, 0.5 - 0.5 * torch.linspace(0, 1, 5).cos())
+    torch.testing.assert_close(total, w.sum())
+
+
+def test_operations_are_recorded_as_well() -> None:
+    a = A.clone()
+    with Tape() as tape:
+        low, high = torch.aminmax(a, dim=1)
+        first = a.unbind(0)[0]
+        copy = a.clone()
+        copy += low.unsqueeze(-1)
+        flags = (a > 0).any()
+    a.copy_(A.flip(0) * 3)
+    tape()
+    assert torch.equal(low, a.amin(1)) and torch.equal(high, a.amax(1)) and torch.equal(first, a[0])
+    assert torch.equal(copy, a + a.amin(1, keepdim=True)) and flags.dtype == torch.bool
+    a.fill_(-1)
+    tape()
+    assert not flags
+
+
+def test_what_python_reads_is_refused() -> None:
+    with pytest.raises(NotRecordable, match="value is read"), Tape():
+        float(A.sum())
+    assert float(A.sum() * 0) == 0, "afterwards nothing is recorded"
+    assert not cpu_graph._tapes
+
+
+def test_code_of_another_kind_is_refused(compiled: Compiled) -> None:
+    inner = compiled._inner[0]
+    before = inner.current_callable
+    inner.current_callable = lambda inputs: before(inputs)
+    try:
+        with pytest.raises(NotRecordable, match="unknown kind"), Tape():
+            compiled(A, B)
+        assert len(compiled(A, B)) == 6
+    finally:
+        inner.current_callable = before
+
+
+def test_memory_comes_from_where_it_is_asked_for(compiled: Compiled) -> None:
+    asked: list[tuple[int, Tensor]] = []
+
+    def allocate(n: int, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        asked.append((n, torch.zeros(100, dtype=dtype)))
+        return asked[-1][1].as_strided(size, stride)
+
+    with Tape(allocate) as tape:
+        found = compiled(A, B)
+    assert [n for n, _ in asked] == list(range(len(tape.allocated)))
+    owned = {x.data_ptr() for _, x in asked}
+    assert all(x.untyped_storage().data_ptr() in owned for i, x in enumerate(found) if i not in (3, 4))
+
+
+def test_replayed_gives_results_of_their_own(compiled: Compiled) -> None:
+    take = Replayed(compiled, 1)
+    results = []
+    for seed in range(3):
+        a = A * (seed + 1)
+        torch.manual_seed(seed)
+        found = take(a.T.contiguous().T if seed == 2 else a, B)  # in another order in memory: it is copied
+        torch.manual_seed(seed)
+        results.append((found, compiled(a, B)))
+    for found, expected in results:
+        for x, y in zip(found, expected):
+            assert torch.equal(x, y)
+    assert take.whole_because == ""
+
+
+def test_replayed_calls_what_is_large_or_strange_as_it_is(compiled: Compiled, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cpu_graph, "_MOST_BYTES", 10)
+    take = Replayed(compiled, 2)
+    for _ in range(2):
+        torch.manual_seed(0)
+        found = take(A, B)
+        torch.manual_seed(0)
+        assert all(torch.equal(x, y) for x, y in zip(found, compiled(A, B)))
+    assert "MB" in take.whole_because
+    inner = compiled._inner[0]
+    before = inner.current_callable
+    monkeypatch.setattr(inner, "current_callable", lambda inputs: before(inputs))
+    take = Replayed(compiled, 2)
+    for _ in range(2):
+        torch.manual_seed(0)
+        found = take(A, B)
+        torch.manual_seed(0)
+        assert all(torch.equal(x, y) for x, y in zip(found, compiled(A, B)))
+    assert "unknown kind" in take.whole_because
