@@ -73,6 +73,7 @@ if [ -n "${QUICK:-}" ]; then
     growth=(--algorithms mappo --num-envs 16 32 --n-agents 2 3 --width 8 16 --at 16 2 8 --steps 10 --rounds 1)
     offpolicy=(--num-envs 16 --max-steps 20 --minibatch-size 64 --updates 4 --iterations 2 --episodes 16)
     sequential=(--num-envs 32 --steps 20 --minibatch-size 320 --rounds 1)
+    iterations=(--sizes 16x16 --rounds 1 --warmup 1)
     simulator=(--scenarios dropout --num-envs 32 64 --modes eager trace --steps 4 --warmup 4 --repetitions 2
         --seconds 0.05)
 else
@@ -83,6 +84,7 @@ else
     growth=(--num-envs 1024 4096 16384 65536 --n-agents 2 4 8 16 --at 1024 4 256 --minibatch-size 65536 --rounds 3)
     offpolicy=(--num-envs 600 --minibatch-size 4096 --iterations 5 --warmup 2 --episodes 1024)
     sequential=(--num-envs 4096 --minibatch-size 65536 --rounds 3)
+    iterations=(--sizes 4096x32 16384x32 65536x32 --rounds 5)
     modes=(eager compile)
     [ "${device%%:*}" = cuda ] && modes+=(cudagraph)
     simulator=(--scenarios balance simple_spread navigation --num-envs 4096 16384 65536 --modes "${modes[@]}"
@@ -138,6 +140,8 @@ if wanted train; then
             "$python" benchmarks/train.py --algorithm "$algorithm" "${offpolicy[@]}" --device "$device" \
             --contenders tdmarl torchrl --mode eager --eval-every 100 --output "$out/train-$device.json"
     done
+    part "speed: IPPO on simple_spread" \
+        "$python" benchmarks/ippo.py "${iterations[@]}" --modes "$mode" --device "$device" --out "$out/ippo-$device.json"
     part "speed: HAPPO and its kin beside unshared MAPPO" \
         "$python" benchmarks/happo_train.py "${sequential[@]}" --device "$device" --out "$out/happo_train-$device.json"
     part "speed: tdmarl beside BenchMARL" \

@@ -5,8 +5,9 @@
 
 (Its name is not `profile`: Python's own module of that name is looked for here first by programs of this folder.)
 
-The time of a part is its own, without that of the parts it calls. A step that is compiled or captured is one part. On
-CUDA the device is waited for at the ends of every part, so that its work counts where it was asked for.
+The time of a part is its own, without that of the parts it calls. A step that is compiled or captured is one part, and
+so are the recorded steps of a rollout on a CPU: policy, simulation, writing the batch. On CUDA the device is waited for
+at the ends of every part, so that its work counts where it was asked for.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or 
 
 import tdmarl  # noqa: E402
 from measuring import RESULTS, add_ways_to_run, begin, command_line, picture, waiting, where, write  # noqa: E402
-from tdmarl import reduce, rollout  # noqa: E402
+from tdmarl import chunk, reduce, rollout  # noqa: E402
 from tdmarl.envs.compiled import CompiledVmas  # noqa: E402
 
 ALGORITHMS = ("mappo", "happo", "qmix", "maddpg")
 PARTS = {  # in the order of the bar, with their colors: collecting in blues, learning in warm ones
     "policy": "#08519c",
     "simulation": "#3182bd",
+    "recorded steps": "#3182bd",
     "resets": "#6baed6",
     "writing the batch": "#9ecae1",
     "rest of collecting": "#deebf7",
@@ -93,7 +95,8 @@ class Stopwatch:
 def watch_shared(stopwatch: Stopwatch) -> Callable[[], None]:
     """Times what all algorithms share; returns what undoes it."""
     places: list[tuple[Any, str, str]] = [
-        (rollout.Act, "__call__", "policy"),
+        (rollout.Rollout, "_written", "policy"),
+        (chunk.Chunk, "__call__", "recorded steps"),
         (CompiledVmas, "transition", "simulation"),
         (rollout.OneGraph, "__call__", "simulation"),
         (rollout.Columns, "add", "writing the batch"),

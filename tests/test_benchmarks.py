@@ -237,6 +237,14 @@ def test_a_stopwatch_counts_each_part_alone(benchmarks: Any) -> None:
     assert watch.spent == {"inner": 3.0, "outer": 6.0}
 
 
+def test_ippo_writes_its_figures(tmp_path: Path) -> None:
+    found = written(tmp_path, "ippo.py", *"--sizes 4x8 2x4 --modes eager --rounds 2 --warmup 1".split())
+    assert HEAD <= found.keys() and list(found["sizes"]) == ["4x8", "2x4"]
+    for one in found["sizes"].values():
+        speed = one["eager"]["frames_per_second"]
+        assert 0 < speed["least"] <= speed["median"] <= speed["greatest"]
+
+
 def test_where_time_goes_writes_its_figures(tmp_path: Path) -> None:
     sizes = (
         "--num-envs 4 --steps 4 --width 8 --epochs 1 --minibatch-size 8 --rounds 1 --simulation eager".split()

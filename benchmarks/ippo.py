@@ -1,0 +1,87 @@
+"""Measures whole iterations of IPPO on simple_spread: frames a second, collecting and learning apart.
+
+    python benchmarks/ippo.py
+    python benchmarks/ippo.py --sizes 16x128 --modes compile eager --threads 1
+
+Networks of 64 x 64 tanh units, 4 epochs of 4 minibatches, episodes of 25 steps: the settings by which JAX programs
+give their speed. Where there are several modes, their iterations take turns. Compiling is in none of the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or not
+
+import tdmarl  # noqa: E402
+from measuring import MODES, RESULTS, begin, command_line, seconds, spread, write  # noqa: E402
+
+
+def make(num_envs: int, steps: int, mode: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    """A mode's batches and learner, on an environment of its own."""
+    frames = num_envs * steps
+    env = tdmarl.VmasEnv(
+        "simple_spread", num_envs=num_envs, max_steps=25, device=args.device, seed=0, mode=mode,
+        continuous_actions=not args.discrete,
+    )  # fmt: skip
+    algo = tdmarl.ippo(
+        env, num_epochs=4, minibatch_size=frames // 4, hidden=(64, 64), activation=torch.nn.Tanh, layer_norm=False,
+        mode=mode,
+    )  # fmt: skip
+    return iter(tdmarl.Collector(env, algo.explore, frames_per_batch=frames, seed=0)), algo.learner
+
+
+def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
+    """For each mode seconds and frames a second of the iterations after those that warm up."""
+    num_envs, steps = map(int, size.split("x"))
+    made = {mode: make(num_envs, steps, mode, args) for mode in args.modes}
+    taken: dict[str, list[tuple[float, float]]] = {mode: [] for mode in made}
+    for _ in range(args.warmup + args.rounds):
+        for mode, (batches, learner) in made.items():
+            collecting, _, batch = seconds(lambda b=batches: next(b), args.device)
+            learning, _, _ = seconds(lambda le=learner, x=batch: le(x), args.device)
+            taken[mode].append((collecting, learning))
+            del batch
+    found = {}
+    for mode, all_of_them in taken.items():
+        times = all_of_them[args.warmup :]
+        found[mode] = {
+            "collect_seconds": spread([collecting for collecting, _ in times]),
+            "learn_seconds": spread([learning for _, learning in times]),
+            "frames_per_second": spread([num_envs * steps / sum(one) for one in times]),
+        }
+    return found
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--sizes", nargs="+", default=["16x128", "1024x128"], help="environments x steps of a batch")
+    add("--modes", nargs="+", choices=MODES, default=["compile"], help="of simulation, policy and updates")
+    add("--discrete", action="store_true", help="discrete actions")
+    add("--rounds", type=int, default=20, help="iterations that count")
+    add("--warmup", type=int, default=3, help="iterations before")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=2)
+    add("--out", type=Path, default=RESULTS / "ippo.json", help="results file")
+    args = parser.parse_args()
+    result = begin(args)
+    result["sizes"] = {}
+    print("size       mode        collect ms   learn ms   frames/s, median (least-greatest)")
+    for size in args.sizes:
+        result["sizes"][size] = found = measure(size, args)
+        write(result, args.out)
+        for mode, figures in found.items():
+            collecting, learning = (figures[k]["median"] * 1e3 for k in ("collect_seconds", "learn_seconds"))
+            speed = "{median:,.0f} ({least:,.0f}-{greatest:,.0f})".format(**figures["frames_per_second"])
+            print(f"{size:10s} {mode:10s} {collecting:11.1f} {learning:10.1f}   {speed}")
+
+
+if __name__ == "__main__":
+    main()
