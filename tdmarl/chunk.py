@@ -38,12 +38,15 @@ class Ring:
         """What gives a :class:`~tdmarl.cpu_graph.Tape` the memory of step `k`."""
 
         def allocate(n: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            extent = 1 + sum((many - 1) * step for many, step in zip(size, stride))
             if n not in self._memory:
-                extent = 1 + sum((many - 1) * step for many, step in zip(size, stride))
                 unit = max(1, _ALIGNED // dtype.itemsize)
                 whole = math.ceil(max(extent, 1) / unit) * unit
                 self._memory[n] = torch.zeros(self._steps + 1 if n in self._kept else 1, whole, dtype=dtype)
-            return self._memory[n][k + 1 if n in self._kept else 0].as_strided(size, stride)
+            place = self._memory[n][k + 1 if n in self._kept else 0]
+            if extent > place.numel() or dtype != place.dtype:
+                raise NotRecordable("steps differ in their intermediate results")
+            return place.as_strided(size, stride)
 
         return allocate
 

@@ -17,7 +17,7 @@ from tdmarl.cpu_loops import suit_cpu
 from tdmarl.cuda_graph import Captured
 from tdmarl.frozen import frozen, plain
 from tdmarl.keys import Key, as_tuple
-from tdmarl.row_blocks import NotByRow, RowBlocks, block_size
+from tdmarl.row_blocks import NotByRow, RowBlocks, block_size, fits_caches
 
 if TYPE_CHECKING:
     from tdmarl.step import Step
@@ -138,6 +138,7 @@ class _Function:
         everything = [*inputs, *self._found]
         copies = [x.clone() for x in everything]
         self.blocks, self.whole_because = 1, ""
+        is_small = fits_caches(graph) and all(x.device.type == "cpu" for x in everything)
         self._call: Callable[..., Any]
         try:
             cut = self._cut(step, due, inputs, batch.batch_size, graph, met, copies, mode)
@@ -152,7 +153,7 @@ class _Function:
         if mode == "cudagraph":
             own = list(range(len(self._keys), len(everything)))
             self._call = Captured(self._call, everything, own, [])
-        elif mode == "compile" and self.blocks == 1 and all(x.device.type == "cpu" for x in everything):
+        elif mode == "compile" and self.blocks == 1 and is_small:
             self._call = cpu_graph.Replayed(self._call, len(self._keys))
 
     def _cut(

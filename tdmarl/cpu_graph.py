@@ -8,8 +8,11 @@ again computes the same function of what lies in the same places now, as a CUDA 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import dis
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +26,12 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 _DRAWS = {aten.randn.default: Tensor.normal_, aten.rand.default: Tensor.uniform_}  # the same numbers in place
 _MOST_BYTES = 2**26  # that one function keeps: beyond, its work outweighs its Python
-_tapes: list[Tape] = []  # those that record now
+_local = threading.local()  # its `tape` is the one that records in this thread
+# What Inductor's code uses besides kernels and constants: what needs no second call, or is seen as an operation.
+_HELPERS = {
+    "torch", "aten", "device", "inductor_ops", "extern_kernels", "empty_strided_cpu", "empty_strided",
+    "reinterpret_tensor", "assert_size_stride", "assert_alignment",
+}  # fmt: skip
 
 
 class NotRecordable(Exception):
@@ -52,8 +60,9 @@ class Compiled:
             self._call: Any = compile_fx.compile_fx(graph, given, inner_compile=make, config_patches=options)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        if _tapes:
-            return list(_tapes[-1].run(self._inner, self._call, inputs))
+        tape: Tape | None = getattr(_local, "tape", None)
+        if tape is not None:
+            return list(tape.run(self._inner, self._call, inputs))
         return list(self._call(*inputs))
 
 
@@ -93,11 +102,11 @@ class Tape(TorchDispatchMode):
 
     def __enter__(self) -> Tape:
         super().__enter__()
-        _tapes.append(self)
+        _local.tape = self
         return self
 
     def __exit__(self, *args: Any) -> None:
-        _tapes.remove(self)
+        _local.tape = None
         super().__exit__(*args)
 
     def __call__(self) -> None:
@@ -112,14 +121,19 @@ class Tape(TorchDispatchMode):
             raise NotRecordable("a tensor's value is read")
         found = func(*args, **kwargs)
         again = functools.partial(func, *args, **kwargs)
+        known = {_place(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        is_new = [_place(x) not in known for x in tree_leaves(found) if isinstance(x, Tensor)]
         if func._schema.is_mutable:
+            if any(is_new):
+                raise NotRecordable(f"{func} writes into its inputs and makes tensors, too")
             self.calls.append(again)
             return found
-        known = {_place(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        if all(_place(x) in known for x in tree_leaves(found) if isinstance(x, Tensor)):
+        if not any(is_new):
             return found  # views, which stay
         if not isinstance(found, Tensor):
             places = list(found)
+            if not all(is_new) or len(is_new) < len(places):
+                raise NotRecordable(f"{func} returns more than new tensors")
             self.calls.append(lambda: torch._foreach_copy_(places, list(again())))
             return found
         with self._apart():
@@ -162,11 +176,15 @@ class Tape(TorchDispatchMode):
         """The code that Inductor wrote, with its kernels and its memory taken from here."""
         function = getattr(call, "__func__", None)
         names = dict(getattr(function, "__globals__", {}))
-        if function is None or not {"extern_kernels", "empty_strided_cpu"} <= set(names):
+        if function is None or not _HELPERS <= set(names):
             raise NotRecordable(f"Inductor's code is of an unknown kind, {type(call).__name__}")
-        for name, value in names.items():
-            if name.startswith("cpp_fused"):
-                names[name] = self._recorded(value)
+        used = {step.argval for step in dis.get_instructions(function.__code__) if step.opname == "LOAD_GLOBAL"}
+        for name in used - _HELPERS:
+            value = names.get(name, getattr(builtins, name, None))
+            if isinstance(value, types.BuiltinFunctionType) and name in names:
+                names[name] = self._recorded(value)  # a kernel
+            elif not isinstance(value, (Tensor, types.BuiltinFunctionType, type)):
+                raise NotRecordable(f"Inductor's code uses {name}, of which it is not known what it does")
         names["extern_kernels"] = _ExternKernels(self, names["extern_kernels"])
         names["empty_strided_cpu"] = functools.partial(self._empty, names["empty_strided_cpu"])
         return functools.partial(types.FunctionType(function.__code__, names), call.__self__)
@@ -218,11 +236,14 @@ class Replayed:
 
     def _record(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         own = [x.clone() for x in inputs[: self._given]]  # compiled code does not look how they lie
+        before = [x.clone() for x in inputs[self._given :]]
         tape = Tape()
         try:
             with tape:
                 found = self._function(*own, *inputs[self._given :])
-        except NotRecordable as error:  # before anything was done
+        except NotRecordable as error:
+            for x, was in zip(inputs[self._given :], before):  # a part of it may be done
+                x.copy_(was)
             self.whole_because = str(error)
             return self._function(*inputs)
         size = sum(x.nbytes for x in [*tape.allocated, *own])

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from tdmarl import compiling, tracing
 from tdmarl.chunk import Chunk
-from tdmarl.cpu_graph import NotRecordable
 from tdmarl.cuda_graph import Captured
 from tdmarl.functions import MOST_BUILDS, Layout, Leaves, ModuleFunction, leaves
 from tdmarl.keys import Key, as_tuple
@@ -235,7 +234,7 @@ class Rollout:
             combine = functools.partial(self._combine, made)
             try:
                 self._chunk = Chunk(act, made, combine, present, sums, parts[-1])
-            except NotRecordable as error:
+            except Exception as error:  # whatever recording comes upon; step by step always works
                 self._chunk, self._unfit, self.whole_because = None, parts, str(error)
         return self._chunk
 

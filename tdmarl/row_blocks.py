@@ -77,6 +77,12 @@ def block_size(graph: fx.GraphModule, rows: int) -> int:
     return found if found * 4 >= most else rows
 
 
+def fits_caches(graph: fx.GraphModule) -> bool:
+    """Whether its largest tensor does."""
+    made = [node.meta for node in graph.graph.nodes if node.op == "call_function" and node.meta.get("dtype")]
+    return all(meta["shape"].numel() * meta["dtype"].itemsize <= _CACHE for meta in made)
+
+
 class Plan:
     """Which stage each node of a recorded step belongs to.
 

@@ -103,7 +103,7 @@ def test_what_python_reads_is_refused() -> None:
     with pytest.raises(NotRecordable, match="value is read"), Tape():
         float(A.sum())
     assert float(A.sum() * 0) == 0, "afterwards nothing is recorded"
-    assert not cpu_graph._tapes
+    assert cpu_graph._local.tape is None
 
 
 def test_code_of_another_kind_is_refused(compiled: Compiled) -> None:
@@ -166,3 +166,29 @@ def test_replayed_calls_what_is_large_or_strange_as_it_is(compiled: Compiled, mo
         torch.manual_seed(0)
         assert all(torch.equal(x, y) for x, y in zip(found, compiled(A, B)))
     assert "unknown kind" in take.whole_because
+
+
+def test_a_half_recorded_step_is_taken_once(monkeypatch: Any) -> None:
+    """Where recording ends in the middle, what was written by then is undone before the function is called."""
+
+    def step(x: Tensor, w: Tensor) -> list[Tensor]:
+        w += x
+        if cpu_graph._local.__dict__.get("tape") is not None:
+            raise NotRecordable("in the middle")
+        return [w * 2]
+
+    take, w = Replayed(step, 1), torch.zeros(2)
+    for i in (1, 2):
+        (found,) = take(torch.ones(2), w)
+        assert torch.equal(w, torch.full((2,), float(i))) and torch.equal(found, 2 * w)
+    assert take.whole_because == "in the middle"
+
+
+def test_code_that_uses_what_nobody_knows_is_refused(compiled: Compiled, monkeypatch: Any) -> None:
+    inner = compiled._inner[0]
+    function = inner.current_callable.__func__
+    kernel = next(name for name in function.__globals__ if name.startswith("cpp_fused"))
+    before = function.__globals__[kernel]
+    monkeypatch.setitem(function.__globals__, kernel, lambda *args: before(*args))
+    with pytest.raises(NotRecordable, match=f"uses {kernel}"), Tape():
+        compiled(A, B)
