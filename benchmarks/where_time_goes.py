@@ -34,7 +34,7 @@ ALGORITHMS = ("mappo", "happo", "qmix", "maddpg")
 PARTS = {  # in the order of the bar, with their colors: collecting in blues, learning in warm ones
     "policy": "#08519c",
     "simulation": "#3182bd",
-    "recorded steps": "#3182bd",
+    "recorded steps": "#08306b",
     "resets": "#6baed6",
     "writing the batch": "#9ecae1",
     "rest of collecting": "#deebf7",
