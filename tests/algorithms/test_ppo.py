@@ -28,7 +28,7 @@ def train(env, algo, iterations=1, frames=80):
 def test_learns_where_to_aim(make, choices):
     """The reward is minus the distance to 0.5; at random about -0.5 to -1 for each action dimension."""
     env = ToyEnv(batch=(16,), choices=choices)
-    algo = make(env, lr=3e-3, num_epochs=5, seed=1)
+    algo = make(env, lr=1e-3, num_epochs=10, seed=1)
     before = tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"]
     train(env, algo, 30, 160)
     after = tdmarl.evaluate(env, algo.policy, episodes=16)["return_mean_agents"]
