@@ -1,4 +1,5 @@
-"""Rewrites recorded graphs for compiled code on a CPU, whose loops would run along few columns or across many rows."""
+"""Rewrites recorded graphs for compiled code on a CPU, whose loops would run along few columns, across many rows, or
+compute the same number again for each vector."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import test_operators as _  # noqa: F401 -- defines the operation that keeps a number in memory
 
 from tdmarl.fast_tanh import replace_tanh
 
@@ -14,6 +16,8 @@ aten = torch.ops.aten
 
 _NARROW = 16  # columns; a vector has eight numbers of float32, or sixteen
 _ROWS = 64  # as few rows are no loop worth turning
+_MANY = 64  # values that are computed from one number: below, to keep it costs as much as to compute it again
+_KEPT = torch.ops._inductor_test.realize.default
 _FACTORS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
 
 
@@ -22,6 +26,8 @@ def suit_cpu(graph: fx.GraphModule) -> None:
     replace_tanh(graph)
     turn_narrow_products(graph)
     sum_by_products(graph)
+    norm_one_by_one(graph)
+    keep_numbers(graph)
 
 
 def turn_narrow_products(graph: fx.GraphModule) -> None:
@@ -69,6 +75,55 @@ def sum_by_products(graph: fx.GraphModule) -> None:
         node.replace_all_uses_with(found)
         graph.graph.erase_node(node)
     graph.recompile()
+
+
+def norm_one_by_one(graph: fx.GraphModule) -> None:
+    """Computes the norms of a list of tensors, of all gradients when they are clipped, by the compiler's own sums.
+
+    It knows none for a list and would call PyTorch, which takes them one number at a time.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not aten._foreach_norm.Scalar or node.kwargs or len(node.args) > 2:
+            continue
+        for taken in list(node.users):
+            args = (node.args[0][taken.args[1]], *node.args[1:])
+            with graph.graph.inserting_before(taken):
+                norm = _call(graph.graph, aten.linalg_vector_norm.default, args, {}, taken, ())
+            taken.replace_all_uses_with(norm)
+            graph.graph.erase_node(taken)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def keep_numbers(graph: fx.GraphModule) -> None:
+    """Computes a single number that many values are computed from once, such as Adam's corrections or a clip's factor.
+
+    The compiler would put it into their loop, as its source is in memory that the loop may seem to write: two powers of
+    float64 for each vector of an optimizer's step take three quarters of its time.
+    """
+    for node in list(graph.graph.nodes):
+        if not _is_number(node):
+            continue
+        many = [user for user in node.users if _size(user) >= _MANY]
+        if not many:
+            continue
+        with graph.graph.inserting_after(node):
+            kept = _call(graph.graph, _KEPT, (node,), {}, node, node.meta["shape"])
+        for user in many:
+            user.replace_input_with(node, kept)
+    graph.recompile()
+
+
+def _size(node: fx.Node) -> int:
+    shape = node.meta.get("shape")
+    return 0 if shape is None else torch.Size(shape).numel()
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is one number that something is computed for."""
+    if _size(node) != 1 or node.op != "call_function" or not node.all_input_nodes:
+        return False
+    return not getattr(node.target, "is_view", False) or any(map(_is_number, node.all_input_nodes))
 
 
 def _is_narrow(node: fx.Node) -> bool:

@@ -26,7 +26,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
 from tdmarl import seeds
-from tdmarl.buffers import block_masks, cut_rows
+from tdmarl.buffers import block_masks, cut_rows, take_rows
 from tdmarl.keys import as_tuple
 
 STORAGES = ("device", "cpu", "memmap")
@@ -186,7 +186,11 @@ class _Told:
 
 
 class _OnDevice(_Told, LazyTensorStorage):
-    pass
+    def get(self, index: Any) -> Any:
+        """Drawn rows are taken tensor by tensor: TorchRL's storage indexes the tensordict, twice where it is not full."""
+        if self.initialized and isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64:
+            return take_rows(self._storage, index)
+        return super().get(index)
 
 
 class _InFile(_Told, LazyMemmapStorage):

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 
 from tdmarl import tracing
-from tdmarl.cpu_loops import sum_by_products, turn_narrow_products
+from tdmarl.cpu_graph import Compiled
+from tdmarl.cpu_loops import keep_numbers, norm_one_by_one, sum_by_products, turn_narrow_products
 
 aten = torch.ops.aten
 
@@ -62,3 +63,39 @@ def test_columns_of_tall_matrices_are_summed_by_products():
     assert [tuple(node.meta["shape"]) for node in _products(graph)] == [(1, 40)] * 2 + [(3, 1, 40)] * 2
     for ours, plain in zip(graph(*inputs), function(*inputs)):
         torch.testing.assert_close(ours, plain)
+
+
+def _kept(graph):
+    kept = torch.ops._inductor_test.realize.default
+    return [node.args[0].target for node in graph.graph.nodes if node.target is kept]
+
+
+def test_a_number_that_many_values_are_computed_from_is_computed_once():
+    def function(x, few, count, plain):
+        correction = (1 - 0.9 ** count.double()).float()  # Adam's
+        scale = (10 / (x.sum() + 1)).clamp(max=1.0)[None]  # a clip's, seen through a view
+        return [x / correction, x * scale, few * correction, x + plain, x * plain[None], correction + scale]
+
+    inputs = [torch.rand(20, 40), torch.rand(5), torch.tensor(3.0), torch.tensor(0.5)]
+    graph = tracing.trace(function, inputs)
+    keep_numbers(graph)
+    assert len(_kept(graph)) == 2  # neither what is in memory, nor for a few values
+    found, expected = graph(*inputs), function(*inputs)
+    for ours, compiled, plain in zip(found, Compiled(graph, inputs, {})(*inputs), expected):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+        torch.testing.assert_close(compiled, plain)
+    assert torch.equal(found[0], inputs[0] / torch.tensor(1 - 0.9**3))
+
+
+def test_norms_of_a_list_are_the_compilers_own_sums():
+    tensors = [torch.randn(20, 40), torch.randn(3), torch.tensor([3.0, 4.0])]
+
+    def function(*tensors):
+        return [*torch._foreach_norm(tensors), *torch._foreach_norm(tensors[2:], 1)]
+
+    graph = tracing.trace(function, tensors)
+    norm_one_by_one(graph)
+    assert aten._foreach_norm.Scalar not in [node.target for node in graph.graph.nodes]
+    found = graph(*tensors)
+    torch.testing.assert_close(found, function(*tensors))
+    assert found[2] == 5 and found[3] == 7
