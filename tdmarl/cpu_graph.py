@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 _DRAWS = {aten.randn.default: Tensor.normal_, aten.rand.default: Tensor.uniform_}  # the same numbers in place
 _MOST_BYTES = 2**26  # that one function keeps: beyond, its work outweighs its Python
+_LARGE_PRODUCT = 2**22  # multiplications, from which on two threads share one at no loss
 _local = threading.local()  # its `tape` is the one that records in this thread
 # What Inductor's code uses besides kernels and constants: what needs no second call, or is seen as an operation.
 _HELPERS = {
@@ -262,8 +263,31 @@ class _ExternKernels:
 
     def __getattr__(self, name: str) -> Any:
         kernel = getattr(self._kernels, name)
-        recorded = self._tape._recorded(kernel)
-        return lambda *args, **kwargs: (recorded if "out" in kwargs else kernel)(*args, **kwargs)
+        by_one: Any = {"bmm": torch.mm, "baddbmm": torch.addmm}.get(name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if "out" not in kwargs:
+                return kernel(*args, **kwargs)
+            rest = 0 if by_one is None else _unshared(*args[-2:])
+            if by_one is None or not rest:
+                return self._tape._recorded(kernel)(*args, **kwargs)
+            out = kwargs.pop("out")
+            self._tape._recorded(kernel)(*(x[:-rest] for x in args), **kwargs, out=out[:-rest])
+            for i in range(-rest, 0):
+                self._tape._recorded(by_one)(*(x[i] for x in args), **kwargs, out=out[i])
+            return out
+
+        return run
+
+
+def _unshared(a: Tensor, b: Tensor) -> int:
+    """How many products of a stack are better computed by all threads together.
+
+    The library gives whole products to its threads: of three on two threads the last one is computed by one of them.
+    """
+    stack, threads = len(a), torch.get_num_threads()
+    is_large = a[0].numel() * b.shape[-1] >= _LARGE_PRODUCT
+    return stack % threads if is_large and stack > threads else 0
 
 
 def _empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:

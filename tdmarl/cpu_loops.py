@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import test_operators as _  # noqa: F401 -- defines the operation that keeps a number in memory
+from torch._inductor import test_operators  # noqa: F401  # defines the operation that keeps a number in memory
 
 from tdmarl.fast_tanh import replace_tanh
 

@@ -187,7 +187,7 @@ class _Told:
 
 class _OnDevice(_Told, LazyTensorStorage):
     def get(self, index: Any) -> Any:
-        """Drawn rows are taken tensor by tensor: TorchRL's storage indexes the tensordict, twice where it is not full."""
+        """Drawn rows are taken tensor by tensor; TorchRL's indexes the tensordict, twice where it is not full."""
         if self.initialized and isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64:
             return take_rows(self._storage, index)
         return super().get(index)

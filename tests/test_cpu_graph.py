@@ -99,6 +99,26 @@ def test_operations_are_recorded_as_well() -> None:
     assert not flags
 
 
+@pytest.mark.parametrize("threads, stack, calls", [(2, 3, 2), (2, 4, 1), (4, 6, 3), (4, 3, 1), (1, 3, 1)])
+def test_products_that_are_left_over_are_shared_by_the_threads(threads: int, stack: int, calls: int) -> None:
+    before = torch.get_num_threads()
+    a, b, bias = torch.randn(stack, 128, 256), torch.randn(stack, 256, 256), torch.randn(stack, 1, 256)
+    inputs = a, b, bias
+    function = Compiled(graph_of(lambda a, b, c: [a @ b, torch.baddbmm(c, a, b)], *inputs), inputs, {})
+    torch.set_num_threads(threads)
+    try:
+        with Tape() as tape:
+            found = function(*inputs)
+        assert len(tape.calls) == 2 * calls
+        for x in inputs:
+            x.mul_(-0.5)
+        tape()
+        for x, y in zip(found, (a @ b, torch.baddbmm(bias, a, b))):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_python_reads_is_refused() -> None:
     with pytest.raises(NotRecordable, match="value is read"), Tape():
         float(A.sum())
