@@ -38,17 +38,24 @@ def make(num_envs: int, steps: int, mode: str, args: argparse.Namespace) -> tupl
 
 
 def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """For each mode seconds and frames a second of the iterations after those that warm up."""
+    """For each mode seconds and frames a second of the iterations after those that warm up.
+
+    A product of two matrices takes its turn with them: by its speed figures of one machine can be compared that other
+    programs, or other guests of the same host, keep more or less busy.
+    """
     num_envs, steps = map(int, size.split("x"))
     made = {mode: make(num_envs, steps, mode, args) for mode in args.modes}
     taken: dict[str, list[tuple[float, float]]] = {mode: [] for mode in made}
+    matrix = torch.rand(1024, 1024, device=args.device)
+    products: list[float] = []
     for _ in range(args.warmup + args.rounds):
+        products.append(2e-9 * 1024**3 / seconds(lambda: matrix @ matrix, args.device)[0])
         for mode, (batches, learner) in made.items():
             collecting, _, batch = seconds(lambda b=batches: next(b), args.device)
             learning, _, _ = seconds(lambda le=learner, x=batch: le(x), args.device)
             taken[mode].append((collecting, learning))
             del batch
-    found = {}
+    found: dict[str, Any] = {"product_gflops": spread(products[args.warmup :])}
     for mode, all_of_them in taken.items():
         times = all_of_them[args.warmup :]
         found[mode] = {
@@ -95,10 +102,13 @@ def main() -> None:
     for size in args.sizes:
         result["sizes"][size] = found = measure(size, args)
         write(result, args.out)
-        for mode, figures in found.items():
+        for mode in args.modes:
+            figures = found[mode]
             collecting, learning = (figures[k]["median"] * 1e3 for k in ("collect_seconds", "learn_seconds"))
             speed = "{median:,.0f} ({least:,.0f}-{greatest:,.0f})".format(**figures["frames_per_second"])
             print(f"{size:10s} {mode:10s} {collecting:11.1f} {learning:10.1f}   {speed}")
+        machine = "{median:.0f} ({least:.0f}-{greatest:.0f})".format(**found["product_gflops"])
+        print(f"{size:10s} beside 1024 x 1024 products at {machine} GFLOP/s")
     picture(draw, result, args.out, (6, 4))
 
 

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 _NARROW = 16  # columns; a vector has eight numbers of float32, or sixteen
 _ROWS = 64  # as few rows are no loop worth turning
 _MANY = 64  # values that are computed from one number: below, to keep it costs as much as to compute it again
+_LONG = 4096  # rows that a product sums over: the gradient of a matrix of weights
+_SMALL = 2**16  # numbers in what it makes
 _KEPT = torch.ops._inductor_test.realize.default
 _FACTORS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
 
@@ -26,6 +28,7 @@ def suit_cpu(graph: fx.GraphModule) -> None:
     replace_tanh(graph)
     turn_narrow_products(graph)
     sum_by_products(graph)
+    cut_long_products(graph)
     norm_one_by_one(graph)
     keep_numbers(graph)
 
@@ -72,6 +75,39 @@ def sum_by_products(graph: fx.GraphModule) -> None:
             found = _call(graph.graph, product, (ones, x), {}, node, [*stack, 1, columns])
             if len(node.args) < 3 or not node.args[2]:
                 found = _call(graph.graph, aten.squeeze.dim, (found, -2), {}, node, [*stack, columns])
+        node.replace_all_uses_with(found)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def cut_long_products(graph: fx.GraphModule) -> None:
+    """Computes products that sum over very many rows in parts, so that each thread has some of its own.
+
+    The library would cut what is made, which is small, and each thread would read all rows.
+    """
+    parts = 4
+    while parts < torch.get_num_threads():
+        parts *= 2
+    for node in list(graph.graph.nodes):
+        place = {aten.mm.default: 0, aten.addmm.default: 1}.get(node.target)
+        if place is None or len(node.args) > place + 2 or node.kwargs:
+            continue
+        a, b = node.args[place:]
+        rows, shape = b.meta["shape"][0], node.meta["shape"]
+        if rows < _LONG or rows % parts or shape.numel() > _SMALL or rows < 16 * max(shape):
+            continue
+        size, made = rows // parts, [parts, *shape]
+        with graph.graph.inserting_before(node):
+            left = _call(
+                graph.graph, aten.view.default, (a, [shape[0], parts, size]), {}, node, [shape[0], parts, size]
+            )
+            left = _call(graph.graph, aten.permute.default, (left, [1, 0, 2]), {}, node, [parts, shape[0], size])
+            cut = [parts, size, shape[1]]
+            right = _call(graph.graph, aten.view.default, (b, cut), {}, node, cut)
+            found = _call(graph.graph, aten.bmm.default, (left, right), {}, node, made)
+            found = _call(graph.graph, aten.sum.dim_IntList, (found, [0]), {}, node, shape)
+            if place:
+                found = _call(graph.graph, aten.add.Tensor, (found, node.args[0]), {}, node, shape)
         node.replace_all_uses_with(found)
         graph.graph.erase_node(node)
     graph.recompile()

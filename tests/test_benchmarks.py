@@ -241,8 +241,8 @@ def test_ippo_writes_its_figures(tmp_path: Path) -> None:
     found = written(tmp_path, "ippo.py", *"--sizes 4x8 2x4 --modes eager --rounds 2 --warmup 1".split())
     assert HEAD <= found.keys() and list(found["sizes"]) == ["4x8", "2x4"]
     for one in found["sizes"].values():
-        speed = one["eager"]["frames_per_second"]
-        assert 0 < speed["least"] <= speed["median"] <= speed["greatest"]
+        for speed in (one["eager"]["frames_per_second"], one["product_gflops"]):
+            assert 0 < speed["least"] <= speed["median"] <= speed["greatest"]
 
 
 def test_where_time_goes_writes_its_figures(tmp_path: Path) -> None:

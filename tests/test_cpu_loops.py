@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tdmarl import tracing
 from tdmarl.cpu_graph import Compiled
-from tdmarl.cpu_loops import keep_numbers, norm_one_by_one, sum_by_products, turn_narrow_products
+from tdmarl.cpu_loops import (
+    cut_long_products, keep_numbers, norm_one_by_one, sum_by_products, turn_narrow_products,
+)  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -63,6 +66,28 @@ def test_columns_of_tall_matrices_are_summed_by_products():
     assert [tuple(node.meta["shape"]) for node in _products(graph)] == [(1, 40)] * 2 + [(3, 1, 40)] * 2
     for ours, plain in zip(graph(*inputs), function(*inputs)):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("threads, parts", [(1, 4), (2, 4), (6, 8)])
+def test_sums_over_very_many_rows_are_cut_for_the_threads(threads, parts):
+    x, g, total = torch.randn(8192, 14), torch.randn(8192, 64), torch.randn(14, 64)
+    odd, few, wide = torch.randn(8190, 14), torch.randn(2048, 14), torch.randn(600, 8192)
+
+    def function(x, g, total, odd, few, wide):
+        others = [odd.T @ odd, few.T @ few, wide @ x, torch.addmm(total, x.T, g, beta=2), x @ total]
+        return [x.T @ g, torch.addmm(total, x.T, g), *others]
+
+    inputs = [x, g, total, odd, few, wide]
+    graph, before = tracing.trace(function, inputs), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        cut_long_products(graph)
+    finally:
+        torch.set_num_threads(before)
+    assert [tuple(n.meta["shape"]) for n in _products(graph) if len(n.meta["shape"]) == 3] == [(parts, 14, 64)] * 2
+    for ours, compiled, plain in zip(graph(*inputs), Compiled(graph, inputs, {})(*inputs), function(*inputs)):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-3)
 
 
 def _kept(graph):
