@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import types
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from tdmarl.tracing import Untraceable
 
 _TRUSTED = "torch", "tensordict", "torchrl", "tdmarl"
+_WORDS = {bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set, frozenset}
 _DEPTH, _MOST_ENTRIES = 4, 256  # how far a module's Python is looked through
 
 
@@ -63,10 +66,13 @@ _OWN = "_parameters", "_buffers", "_modules"
 
 def _plain(value: Any, depth: int, live: bool) -> Any:
     """A value as something that is equal exactly if the value is; objects of others by identity."""
-    if isinstance(
-        value, (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
-    ):
-        return repr(value)
+    kind = type(value)  # most of what modules hold are words, numbers and empty dictionaries
+    if kind in _WORDS:
+        return kind, value
+    if kind in _CONTAINERS and not value:
+        return kind
+    if isinstance(value, (int, float, str, bytes, enum.Enum)):
+        return repr(value)  # nan is not equal to itself
     if isinstance(value, Tensor):
         return id(value), None if live else value._version
     if depth > _DEPTH or isinstance(value, (type, types.ModuleType, nn.Module)):
