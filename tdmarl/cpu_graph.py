@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, _guards, fx
+from torch._functorch import config as functorch
 from torch._inductor import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,7 +60,11 @@ class Compiled:
             return made
 
         given: list[Any] = list(examples)
-        with torch.no_grad():
+        # Inductor looks for what it compiled before, on disk, only where somebody keeps account of symbolic sizes;
+        # what is kept of the stage before it would not pass by `make`.
+        shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        kept = functorch.patch(enable_autograd_cache=False)
+        with torch.no_grad(), kept, _guards.tracing(_guards.TracingContext(shapes)):
             self._call: Any = compile_fx.compile_fx(graph, given, inner_compile=make, config_patches=options)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -164,6 +171,8 @@ class Tape(TorchDispatchMode):
             outer (callable): with the wrappers around, whose operations are recorded as any others.
             inputs (sequence of Tensor): its arguments.
         """
+        if not inner:
+            raise NotRecordable("of a compiled function it is not known what Inductor made")
         before = [made.current_callable for made in inner]
         try:
             for made in inner:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tdmarl import cpu_graph
@@ -63,6 +65,23 @@ def _after(seed: int, compiled: Compiled) -> Tensor:
         torch.manual_seed(seed)
         compiled(A, B)
         return torch.get_rng_state()
+
+
+def test_what_was_compiled_before_is_found_on_disk_and_can_be_recorded() -> None:
+    with fresh_cache():
+        Compiled(graph_of(layered, A, B), [A, B], {"fallback_random": True})
+        counters.clear()
+        again = Compiled(graph_of(layered, A, B), [A, B], {"fallback_random": True})
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        a, b = A.clone(), B.clone()
+        with Tape() as tape:
+            found = again(a, b)
+        a.copy_(2 * A), b.copy_(B - 1)
+        tape()
+        torch.testing.assert_close(found[0], 2 * torch.sin(a @ b).T)
+        again._inner.clear()
+        with pytest.raises(NotRecordable, match="Inductor made"), Tape():
+            again(a, b)
 
 
 def test_a_tape_writes_where_its_function_wrote() -> None:
