@@ -313,8 +313,10 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         about_it = (
             f"{s.get('algorithm', 'mappo')} on {run['scenario']}, {s['num_envs']} x {s['max_steps']} frames"
         )
-        speeds.set_title(f"{about_it}, {s['device']}, tdmarl's mode {s['mode']}", fontsize=9)
+        speeds.set_title(f"{about_it}, {s['device']}, {s['threads']} threads, tdmarl's mode {s['mode']}", fontsize=9)
+        returns.xaxis.set_major_formatter("{x:,.0f}")
         returns.set(xlabel="frames", ylabel="evaluated return")
+        returns.locator_params(axis="x", nbins=5)  # the numbers are long
         returns.grid(alpha=0.25)
 
 
