@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, _guards, fx
 from torch._functorch import config as functorch
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, cpu_vec_isa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,13 +65,20 @@ class Compiled:
         shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
         kept = functorch.patch(enable_autograd_cache=False)
         with torch.no_grad(), kept, _guards.tracing(_guards.TracingContext(shapes)):
-            self._call: Any = compile_fx.compile_fx(graph, given, inner_compile=make, config_patches=options)
+            self._call: Any = compile_fx.compile_fx(
+                graph, given, inner_compile=make, config_patches={**options, **_machine()}
+            )
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         tape: Tape | None = getattr(_local, "tape", None)
         if tape is not None:
             return list(tape.run(self._inner, self._call, inputs))
         return list(self._call(*inputs))
+
+
+def _machine() -> dict[str, Any]:
+    """What C++ is written for: what was written for other threads or vectors is not what is looked for on disk."""
+    return {"cpp.threads": torch.get_num_threads(), "cpp.simdlen": cpu_vec_isa.pick_vec_isa().bit_width()}
 
 
 class Tape(TorchDispatchMode):

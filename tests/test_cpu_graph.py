@@ -73,6 +73,13 @@ def test_what_was_compiled_before_is_found_on_disk_and_can_be_recorded() -> None
         counters.clear()
         again = Compiled(graph_of(layered, A, B), [A, B], {"fallback_random": True})
         assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        try:
+            Compiled(graph_of(layered, A, B), [A, B], {"fallback_random": True})
+        finally:
+            torch.set_num_threads(before)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1, "its loops are for other threads"
         a, b = A.clone(), B.clone()
         with Tape() as tape:
             found = again(a, b)
