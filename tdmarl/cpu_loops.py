@@ -1,5 +1,4 @@
-"""Rewrites recorded graphs for compiled code on a CPU, whose loops would run along few columns, across many rows, or
-compute the same number again for each vector."""
+"""Rewrites recorded graphs for a CPU: loops run along what is long, and nothing is computed again for each vector."""
 
 from __future__ import annotations
 
@@ -96,15 +95,13 @@ def cut_long_products(graph: fx.GraphModule) -> None:
         rows, shape = b.meta["shape"][0], node.meta["shape"]
         if rows < _LONG or rows % parts or shape.numel() > _SMALL or rows < 16 * max(shape):
             continue
-        size, made = rows // parts, [parts, *shape]
+        (m, n), size = shape, rows // parts
         with graph.graph.inserting_before(node):
-            left = _call(
-                graph.graph, aten.view.default, (a, [shape[0], parts, size]), {}, node, [shape[0], parts, size]
-            )
-            left = _call(graph.graph, aten.permute.default, (left, [1, 0, 2]), {}, node, [parts, shape[0], size])
-            cut = [parts, size, shape[1]]
+            left = _call(graph.graph, aten.view.default, (a, [m, parts, size]), {}, node, [m, parts, size])
+            left = _call(graph.graph, aten.permute.default, (left, [1, 0, 2]), {}, node, [parts, m, size])
+            cut = [parts, size, n]
             right = _call(graph.graph, aten.view.default, (b, cut), {}, node, cut)
-            found = _call(graph.graph, aten.bmm.default, (left, right), {}, node, made)
+            found = _call(graph.graph, aten.bmm.default, (left, right), {}, node, [parts, m, n])
             found = _call(graph.graph, aten.sum.dim_IntList, (found, [0]), {}, node, shape)
             if place:
                 found = _call(graph.graph, aten.add.Tensor, (found, node.args[0]), {}, node, shape)

@@ -186,15 +186,15 @@ class _Told:
 
 
 class _OnDevice(_Told, LazyTensorStorage):
-    def get(self, index: Any) -> Any:
-        """Drawn rows are taken tensor by tensor; TorchRL's indexes the tensordict, twice where it is not full."""
-        if self.initialized and isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64:
-            return take_rows(self._storage, index)
-        return super().get(index)
+    def take(self, index: Tensor) -> TensorDictBase:
+        """Rows that are there, tensor by tensor; ``get`` looks whether they are, and indexes the tensordict twice."""
+        return take_rows(self._storage, index)
 
 
 class _InFile(_Told, LazyMemmapStorage):
-    pass
+    def take(self, index: Tensor) -> TensorDictBase:
+        """Rows that are there."""
+        return self.get(index)
 
 
 class Replay(TensorDictReplayBuffer):
@@ -311,7 +311,7 @@ class Replay(TensorDictReplayBuffer):
             return super().sample(batch_size, return_info, **kwargs)
         size = self._batch_size * max(1, sum(n for _, n in self.apart))
         index, info = self._sampler.sample(self._storage, size)
-        rows = self._storage.get(index)
+        rows = self._storage.take(index)
         for key, value in {"index": index, **info}.items():
             rows.set(key, value.reshape(-1, *[1] * (rows.ndim - 1)).expand(rows.shape))
         rows = rows.to(self.device)
