@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
 def about(settings: dict[str, Any], gpu: str | None = None) -> dict[str, Any]:
     """The head of every results file: machine, versions, commit, load, and the settings with the mode among them."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    kept = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    kept = {name: os.path.relpath(value) if isinstance(value, Path) else value for name, value in settings.items()}
     here = {**machine(), "gpu": gpu, "load": round(os.getloadavg()[0], 2)}
     return {"date": now, "commit": commit(), "machine": here, "settings": kept}
 
