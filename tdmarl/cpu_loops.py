@@ -15,10 +15,12 @@ aten = torch.ops.aten
 
 _NARROW = 16  # columns; a vector has eight numbers of float32, or sixteen
 _ROWS = 64  # as few rows are no loop worth turning
+_REPEATED = 8  # values that are computed from one
 _MANY = 64  # values that are computed from one number: below, to keep it costs as much as to compute it again
 _LONG = 4096  # rows that a product sums over: the gradient of a matrix of weights
 _SMALL = 2**16  # numbers in what it makes
 _KEPT = torch.ops._inductor_test.realize.default
+_SLOW = {aten.sin.default, aten.cos.default, aten.tan.default, aten.atan2.default, aten.acos.default, aten.asin.default}
 _FACTORS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
 
 
@@ -145,6 +147,30 @@ def keep_numbers(graph: fx.GraphModule) -> None:
         for user in many:
             user.replace_input_with(node, kept)
     graph.recompile()
+
+
+def keep_what_repeats(graph: fx.GraphModule) -> None:
+    """Computes what many values are computed from once: in place of `keep_numbers`, for graphs that broadcast.
+
+    The compiler would put it into every loop that reads it: a ray's direction once for each entity that it may meet,
+    an entity's place once for each ray. Sines and the like are kept even for two that read them.
+    """
+    for node in list(graph.graph.nodes):
+        if "shape" not in node.meta or getattr(node.target, "is_view", False) or not node.all_input_nodes:
+            continue
+        if node.target not in _SLOW and _most(node) < _REPEATED * _size(node):
+            continue
+        with graph.graph.inserting_after(node):
+            kept = _call(graph.graph, _KEPT, (node,), {}, node, node.meta["shape"])
+        node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
+    graph.recompile()
+
+
+def _most(node: fx.Node) -> int:
+    """How many values the largest of those has that are computed from a node, views of it included."""
+    return max(
+        (_most(user) if getattr(user.target, "is_view", False) else _size(user) for user in node.users), default=0
+    )
 
 
 def _size(node: fx.Node) -> int:

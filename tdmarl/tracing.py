@@ -164,9 +164,10 @@ class Recorder(TorchDispatchMode):
         return self.graph
 
 
-def describe(node: fx.Node, tensor: Tensor) -> None:
+def describe(node: fx.Node, tensor: Tensor) -> fx.Node:
     """Notes shape and type at the node."""
     node.meta.update(shape=tensor.shape, dtype=tensor.dtype)
+    return node
 
 
 class Watch(torch.overrides.TorchFunctionMode):

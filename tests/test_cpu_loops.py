@@ -6,7 +6,7 @@ import torch
 from tdmarl import tracing
 from tdmarl.cpu_graph import Compiled
 from tdmarl.cpu_loops import (
-    cut_long_products, keep_numbers, norm_one_by_one, sum_by_products, turn_narrow_products,
+    cut_long_products, keep_numbers, keep_what_repeats, norm_one_by_one, sum_by_products, turn_narrow_products,
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -124,3 +124,19 @@ def test_norms_of_a_list_are_the_compilers_own_sums():
     found = graph(*tensors)
     torch.testing.assert_close(found, function(*tensors))
     assert found[2] == 5 and found[3] == 7
+
+
+def test_what_many_values_are_computed_from_is_kept():
+    places, angles = torch.randn(5, 100), torch.randn(12, 100)
+
+    def function(places, angles):
+        near = places - places[:1]  # each is read by twelve rays
+        pairs = near.unsqueeze(1) * angles.cos()  # as is each of these by five entities
+        return [pairs.amin(0), (angles * 2)[:, None].expand(12, 3, 100) + 1]  # three are too few to keep anything for
+
+    graph = tracing.trace(function, [places, angles])
+    keep_what_repeats(graph)
+    assert _kept(graph) == [aten.sub.Tensor, aten.cos.default]
+    found, expected = graph(places, angles), function(places, angles)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(Compiled(graph, [places, angles], {})(places, angles), expected)

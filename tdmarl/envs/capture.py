@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from tdmarl import functions, tracing
+from tdmarl.cpu_loops import keep_what_repeats
 from tdmarl.cuda_graph import Captured
 from tdmarl.envs.layout import environments_last, is_wide
 
@@ -55,7 +56,10 @@ class Function(functions.Function):
     def _suited(self, graph: fx.GraphModule, inputs: list[Tensor], mode: str) -> fx.GraphModule:
         shapes = tracing.output_shapes(graph)
         contiguous = {i for i in self._shown if is_wide(shapes[i], self._envs)}
-        return environments_last(graph, inputs, self._envs, contiguous)
+        graph = environments_last(graph, inputs, self._envs, contiguous)
+        if mode == "compile" and inputs[0].device.type == "cpu":
+            keep_what_repeats(graph)
+        return graph
 
     def own(self, inputs: list[Tensor]) -> list[Tensor]:
         """The inputs, those that a captured graph keeps in fixed places replaced by these places."""

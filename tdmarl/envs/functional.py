@@ -24,6 +24,7 @@ from torch import Tensor
 from tdmarl import host
 from tdmarl.envs.choices import Draws, Entities
 from tdmarl.envs.masks import FixedSize
+from tdmarl.envs.rays import cast_rays
 from tdmarl.envs.scenarios import adapt, make_scenario, origins, replaced
 from tdmarl.envs.slots import Slots, walk
 from tdmarl.envs.streams import Streams
@@ -78,6 +79,7 @@ class Simulation:
     def running(self) -> Iterator[None]:
         """What replaces functions that scenarios reach through modules, for the time that a scenario runs."""
         from torch.distributions import Distribution
+        from vmas.simulator.core import World
         from vmas.simulator.utils import ScenarioUtils
 
         changes = [
@@ -89,6 +91,8 @@ class Simulation:
         if self.draws.drawn:
             draws = self.draws
             changes.append((Tensor, "repeat", lambda tensor, *sizes: draws.repeat(tensor, *sizes)))
+        if self.fixed_size and getattr(self.world.cast_rays, "__func__", None) is World.cast_rays:
+            changes.append((self.world, "cast_rays", MethodType(cast_rays, self.world)))
         masks = FixedSize() if self.fixed_size else contextlib.nullcontext()
         with replaced(*changes), self.grad_mode(), masks:
             yield

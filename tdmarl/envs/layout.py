@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tdmarl.tracing import is_draw, simplify
+from tdmarl.tracing import describe, is_draw, simplify
 
 aten = torch.ops.aten
 
@@ -143,10 +143,10 @@ class _Rewriter:
         result, node = target(*tensors, **named), self.new.graph.call_function(target, *nodes)
         if isinstance(result, (tuple, list)):
             return [
-                _Value(x, self.new.graph.call_function(operator.getitem, (node, i)))
+                _Value(x, describe(self.new.graph.call_function(operator.getitem, (node, i)), x))
                 for i, x in enumerate(result)
             ]
-        return _Value(result, node)
+        return _Value(result, describe(node, result))
 
     def move(self, x: _Value, place: int, to: int) -> _Value:
         """`movedim`, a view."""
