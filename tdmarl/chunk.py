@@ -17,7 +17,8 @@ from tdmarl.keys import Key
 if TYPE_CHECKING:
     from tdmarl.rollout import Columns
 
-_MOST_BYTES = 2**26  # of a chunk's steps: beyond, a step's work outweighs its Python
+_MANY_BYTES = 2**26  # of a chunk's steps; it has as few as fit, but one
+_MOST_BYTES = 2**30  # of one step, all that is only used within it included
 _ALIGNED = 64  # bytes
 
 
@@ -74,8 +75,12 @@ class Chunk:
         sums (list of keys): which of that are sums of rewards.
         steps (int): how many at most.
 
+    Attributes:
+        steps (int): how many it has.
+        now (dict): what is carried on.
+
     Raises:
-        NotRecordable: something is not the same in each step; or a chunk is so large that it would gain little.
+        NotRecordable: something is not the same in each step; or a single one is so large that it would gain little.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Chunk:
             with torch.random.fork_rng([]), torch.no_grad():
                 before_it, tape = self._recorded(Tape(), self._start), Tape()
                 ring = self._ring(tape, self._recorded(tape, before_it))
-                for k in range(steps):
+                for k in range(self.steps):
                     self._steps.append(self._recorded(Tape(ring.of_step(k)), self._before(k)))
                     if _kinds(self._steps[k].tape) != _kinds(tape):
                         raise NotRecordable("steps differ in their intermediate results")
@@ -113,7 +118,7 @@ class Chunk:
         ]
 
     def __call__(self, present: Leaves, count: int, columns: Columns) -> None:
-        """Takes `count` steps and writes them into the batch; `now` is then what is carried on."""
+        """Takes `count` steps, no more than it has, and writes them into the batch."""
         columns.flush()
         made, saved = self._made, list[tuple[int, Leaves]]()
         made.put_state(self._start.state)
@@ -149,10 +154,12 @@ class Chunk:
         read = [*step.entries.values(), *step.state, *step.present.values(), *step.shown, *step.valid]
         memory = _Memory(read)
         kept = {n: x for n, x in enumerate(tape.allocated) if x in memory}
-        size = self.parts[-1] * sum(x.nbytes for x in kept.values())
+        each = sum(x.nbytes for x in kept.values())
+        self.steps = max(1, min(self.parts[-1], _MANY_BYTES // max(each, 1)))
+        size = sum(x.nbytes for x in tape.allocated) + self.steps * each
         if size > _MOST_BYTES:
-            raise NotRecordable(f"a chunk of steps needs {size / 1e6:.0f} MB")
-        ring = Ring(self.parts[-1], kept)
+            raise NotRecordable(f"a recorded step needs {size / 1e6:.0f} MB")
+        ring = Ring(self.steps, kept)
         present = {key: ring.start(x) for key, x in step.present.items()}
         self._carried = [key for key, x in present.items() if not _overlaps(x)]  # those are views of others
         self._places = [present[key] for key in self._carried]

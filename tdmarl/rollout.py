@@ -24,6 +24,7 @@ from tdmarl.chunk import Chunk
 from tdmarl.cuda_graph import Captured
 from tdmarl.functions import MOST_BUILDS, Layout, Leaves, ModuleFunction, leaves
 from tdmarl.keys import Key, as_tuple
+from tdmarl.memory import Memory
 
 CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
 
@@ -36,11 +37,12 @@ class Columns:
 
     Args:
         steps (int): T.
+        memory (Memory): where its tensors are.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, memory: Memory) -> None:
         self.entries: Leaves = {}
-        self._steps, self._written = steps, 0
+        self._steps, self._written, self._memory = steps, 0, memory
         self._kept: list[Leaves] = []
 
     def add(self, step: Leaves) -> None:
@@ -68,7 +70,7 @@ class Columns:
         whole = self.entries.get(key)
         if whole is None:
             shape = (like.shape[0], self._steps, *like.shape[1:])
-            whole = self.entries[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+            whole = self.entries[key] = self._memory.empty(key, shape, like.dtype, like.device)
         return whole.narrow(1, self._written + first, count)
 
     def go_on(self, count: int) -> None:
@@ -155,6 +157,7 @@ class Rollout:
         self._graph: OneGraph | None = None
         self._chunk: Chunk | None = None
         self._unfit: Any = None
+        self._memory = Memory()
         self.whole_because = ""  # why steps are not recorded in chunks, where that is tried
         self._builds = 0
         self.reason: str | None = (
@@ -180,7 +183,7 @@ class Rollout:
             at_random (callable): acts in place of the policy in some steps.
             acts (list of bool): for each step, whether the policy acts.
         """
-        layout, columns = Layout(root), Columns(len(acts))
+        layout, columns = Layout(root), Columns(len(acts), self._memory)
         present = {key: value.contiguous() for key, value in leaves(root).items()}
         act = self._compiled(layout.nest(_without(present, self._totals))) if any(acts) else None
         shown: list[Key] = []
@@ -195,9 +198,9 @@ class Rollout:
                             f"The environment cannot go on compiled: {self._env.fallback_reason}."
                         )
                     shown, own = made.recording.paths, acts[done]
-                    count = min(CHUNK, len(acts) - done)
                     chunk = self._recorded(act, made, present, len(acts)) if own else None
                     if chunk is not None:
+                        count = min(chunk.steps, len(acts) - done)
                         try:
                             chunk(present, count, columns)
                         finally:

@@ -160,7 +160,16 @@ def test_a_refused_action_leaves_the_environment_before_it() -> None:
         torch.testing.assert_close(now[key], theirs[key], rtol=0, atol=0, equal_nan=True, msg=str(key))
 
 
-def test_a_large_chunk_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (8_000, 3)])
+def test_large_steps_are_few_in_a_chunk(monkeypatch: pytest.MonkeyPatch, most: int, steps: int) -> None:
+    monkeypatch.setattr(chunks, "_MANY_BYTES", most)
+    fused, plain = pair("simple_spread", {"mode": "compile", "max_steps": 4}, stochastic())
+    for _ in range(2):
+        assert_same(fused.rollout(), plain.rollout())
+    assert of(fused).steps == steps  # type: ignore[union-attr]
+
+
+def test_a_very_large_step_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_MOST_BYTES", 1000)
     fused, plain = pair("simple_spread", {"mode": "compile"}, stochastic())
     for _ in range(2):

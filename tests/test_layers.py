@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tdmarl"
 LAYERS = [
-    {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host", "compiling"},
+    {"keys", "reduce", "seeds", "gru", "distributions", "tracing", "host", "compiling", "memory"},
     {"cuda_graph", "cpu_graph", "frozen", "fast_tanh", "cpu_loops", "row_blocks", "functions"},
     {"nets"},
     {"recurrent", "precision"},

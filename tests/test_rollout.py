@@ -19,6 +19,7 @@ from tdmarl.actors import stochastic_actor
 from tdmarl import cuda_graph
 from tdmarl.q_actors import EpsilonGreedy, exploring, q_actor
 from tdmarl.frozen import frozen
+from tdmarl.memory import Memory
 from tdmarl.rollout import CHUNK, Columns
 
 ENVS, STEPS = 6, CHUNK + 5
@@ -315,7 +316,7 @@ def test_batches_are_their_own() -> None:
 
 
 def test_columns_hold_few_steps_twice() -> None:
-    columns = Columns(2 * CHUNK + 3)
+    columns = Columns(2 * CHUNK + 3, Memory())
     for t in range(2 * CHUNK + 3):
         columns.add({("x",): torch.full((2, 3), float(t))})
         assert len(columns._kept) < CHUNK
