@@ -153,7 +153,7 @@ class _Function:
         if mode == "cudagraph":
             own = list(range(len(self._keys), len(everything)))
             self._call = Captured(self._call, everything, own, [])
-        elif mode == "compile" and self.blocks == 1 and is_small:
+        elif mode == "compile" and (is_small or self.blocks > 1):
             self._call = cpu_graph.Replayed(self._call, len(self._keys))
 
     def _cut(

@@ -12,15 +12,17 @@ import builtins
 import contextlib
 import dis
 import functools
+import itertools
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, _guards, fx
 from torch._functorch import config as functorch
 from torch._inductor import compile_fx, cpu_vec_isa
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,6 +182,7 @@ class Tape(TorchDispatchMode):
         """
         if not inner:
             raise NotRecordable("of a compiled function it is not known what Inductor made")
+        inner = [made for made in inner if hasattr(made, "current_callable")]  # others hand on what they are given
         before = [made.current_callable for made in inner]
         try:
             for made in inner:
@@ -224,6 +227,66 @@ class Tape(TorchDispatchMode):
         return found
 
 
+class Turns:
+    """Memory for the turns of a loop while a :class:`Tape` records them: each writes where the last one wrote.
+
+    What a turn reads of the last one's results, its own must not overwrite: see `carry`. Where nothing records, this
+    does nothing.
+
+    Example:
+        >>> a, turns = torch.ones(2), Turns()
+        >>> with Tape() as tape:
+        ...     for _ in range(4):
+        ...         with turns.next():
+        ...             a = (a * 2) + 1
+        ...         turns.carry([a])
+        >>> a, len({x.data_ptr() for x in tape.allocated})
+        (tensor([31., 31.]), 3)
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[int, int], Tensor] = {}
+        self._carried: set[int] = set()
+        self._number = 0
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[None]:
+        """One turn."""
+        tape: Tape | None = getattr(_local, "tape", None)
+        if tape is None or tape._allocate is not None:
+            yield
+            return
+        count = itertools.count()
+
+        def allocate(_: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+            n = next(count)
+            place = n, self._number % 2 if n in self._carried else 0
+            found = self._memory.get(place)
+            if found is None or (*found.shape, *found.stride(), found.dtype) != (*size, *stride, dtype):
+                found = self._memory[place] = _empty_strided(size, stride, dtype)
+            return found
+
+        tape._allocate = allocate
+        try:
+            yield
+        finally:
+            tape._allocate = None
+            self._number += 1
+
+    def carry(self, results: Iterable[Tensor]) -> None:
+        """Keeps a turn's results for the next one, which makes its own beside them."""
+        kept = {x.untyped_storage().data_ptr() for x in results}
+        self._carried |= {n for (n, _), x in self._memory.items() if x.untyped_storage().data_ptr() in kept}
+
+
+def empty(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `torch.empty`, on a CPU; while a :class:`Tape` records, memory that is always the same."""
+    tape: Tape | None = getattr(_local, "tape", None)
+    if tape is None:
+        return torch.empty(size, dtype=dtype)
+    return tape._empty(_empty_strided, size, make_contiguous_strides_for(torch.Size(size)), dtype)
+
+
 class Replayed:
     """A compiled function whose kernels are recorded in its first call, and called alone from then on.
 
@@ -263,7 +326,7 @@ class Replayed:
                 x.copy_(was)
             self.whole_because = str(error)
             return self._function(*inputs)
-        size = sum(x.nbytes for x in [*tape.allocated, *own])
+        size = sum(x.nbytes for x in {id(x): x for x in [*tape.allocated, *own]}.values())
         if size > _MOST_BYTES:
             self.whole_because = f"its results and intermediates are {size / 1e6:.0f} MB"
             return found

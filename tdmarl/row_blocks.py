@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tdmarl import tracing
+from tdmarl import cpu_graph, tracing
 
 aten = torch.ops.aten
 Compile = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
-_CACHE = 1 << 22  # bytes of a block's largest tensor; what belongs to the block then stays in the caches
+_CACHE = 1 << 21  # bytes of a block's largest tensor; what belongs to the block then stays in the caches
+_SMALL = 1 << 22  # bytes of a step's largest tensor
 _WORTH = 3  # blocks; two are no gain
 
 # What treats each row by itself whatever its other arguments are, besides all that PyTorch calls pointwise.
@@ -80,7 +81,7 @@ def block_size(graph: fx.GraphModule, rows: int) -> int:
 def fits_caches(graph: fx.GraphModule) -> bool:
     """Whether its largest tensor does."""
     made = [node.meta for node in graph.graph.nodes if node.op == "call_function" and node.meta.get("dtype")]
-    return all(meta["shape"].numel() * meta["dtype"].itemsize <= _CACHE for meta in made)
+    return all(meta["shape"].numel() * meta["dtype"].itemsize <= _SMALL for meta in made)
 
 
 class Plan:
@@ -337,15 +338,22 @@ class _Stage:
         ]
 
     def __call__(self, values: dict[fx.Node, Any]) -> None:
-        totals, k = self._zeros, len(self.sums)
-        blocks = []
+        totals, k, turns = self._zeros, len(self.sums), cpu_graph.Turns()
         for number in range(self.blocks):
-            outputs = list(self._call(*totals, *self._given(values, number)))
+            with turns.next():
+                outputs = list(self._call(*totals, *self._given(values, number)))
             totals = outputs[:k]
-            blocks.append(outputs[k:])
+            turns.carry(totals)
+            for n, dim, part in zip(self.kept, self._dims, outputs[k:]):
+                if dim is None or self.blocks == 1:
+                    values[n] = part
+                    continue
+                size = part.shape[dim]
+                if not number:
+                    shape = [*part.shape[:dim], self.blocks * size, *part.shape[dim + 1 :]]
+                    values[n] = cpu_graph.empty(shape, part.dtype)
+                values[n].narrow(dim, number * size, size).copy_(part)
         values.update(zip(self.sums, totals))
-        for n, dim, parts in zip(self.kept, self._dims, zip(*blocks)):
-            values[n] = parts[-1] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _make_from_nothing(graph: fx.Graph) -> None:

@@ -12,7 +12,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tdmarl import cpu_graph
-from tdmarl.cpu_graph import Compiled, NotRecordable, Replayed, Tape
+from tdmarl.cpu_graph import Compiled, NotRecordable, Replayed, Tape, Turns
 
 A, B = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 16).view(4, 4)
 
@@ -212,6 +212,30 @@ def test_replayed_calls_what_is_large_or_strange_as_it_is(compiled: Compiled, mo
     take = Replayed(compiled, 2)
     assert_same_twice(take, compiled)
     assert "unknown kind" in take.whole_because
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_turns_of_a_loop_share_their_memory(turns: int) -> None:
+    """Each adds to the last one's sum; a whole is put together from parts of each."""
+    x = torch.randn(turns * 3, 4)
+    layer = Compiled(graph_of(lambda total, a: [total + a.sin().sum(0), a.exp() * 2], A[0], A), [A[0], A], {})
+
+    def loop(x: Tensor) -> list[Tensor]:
+        memory, total, whole = Turns(), torch.zeros(4), cpu_graph.empty(x.shape, x.dtype)
+        for i in range(turns):
+            with memory.next():
+                total, part = layer(total, x[3 * i : 3 * i + 3])
+            memory.carry([total])
+            whole[3 * i : 3 * i + 3].copy_(part)
+        return [total, whole]
+
+    take = Replayed(loop, 1)
+    for _ in range(3):
+        x = torch.randn_like(x)
+        for found, expected in zip(take(x), [x.sin().sum(0), x.exp() * 2]):
+            torch.testing.assert_close(found, expected)
+    assert take.whole_because == "" and take._tape is not None
+    assert len({y.data_ptr() for y in take._tape.allocated}) <= 2 + min(turns, 2) + 1  # zeros, whole; sums; part
 
 
 def test_a_half_recorded_step_is_taken_once(monkeypatch: Any) -> None:
