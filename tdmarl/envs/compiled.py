@@ -67,6 +67,7 @@ class _Running:
         simulation, saved = core.simulation, {name: value.clone() for name, value in core._read().items()}
         streams, fixed_size, grad_mode = core.streams.state(), simulation.fixed_size, simulation.grad_mode
         core.held, simulation.fixed_size, simulation.grad_mode = None, True, torch.no_grad
+        simulation.recorded = True
         try:
             with core.streams:
                 drawn = _host_draws()
@@ -74,7 +75,7 @@ class _Running:
                 if _host_draws() != drawn:
                     raise tracing.Untraceable("it draws numbers from NumPy or from Python's random")
         finally:  # recording is no step, no reset and no draw
-            simulation.fixed_size, simulation.grad_mode = fixed_size, grad_mode
+            simulation.fixed_size, simulation.grad_mode, simulation.recorded = fixed_size, grad_mode, False
             core.streams.load_state(streams)
             core._write({name: value.clone() for name, value in saved.items()})
         self._hold([last(saved[name], self._envs) for name in self.recording.names])

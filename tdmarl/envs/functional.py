@@ -72,6 +72,7 @@ class Simulation:
         # Football's scripted players draw for the environments that a mask selects, and would depend on
         # neighbours.
         self.fixed_size = not host.is_free(device) or "football" in origins(scenario)
+        self.recorded = False  # while it is, rays are cast in a way that compiles well, to rounding
         _bind_replacements(scenario)
         adapt(scenario)
 
@@ -91,7 +92,7 @@ class Simulation:
         if self.draws.drawn:
             draws = self.draws
             changes.append((Tensor, "repeat", lambda tensor, *sizes: draws.repeat(tensor, *sizes)))
-        if self.fixed_size and getattr(self.world.cast_rays, "__func__", None) is World.cast_rays:
+        if self.recorded and getattr(self.world.cast_rays, "__func__", None) is World.cast_rays:
             changes.append((self.world, "cast_rays", MethodType(cast_rays, self.world)))
         masks = FixedSize() if self.fixed_size else contextlib.nullcontext()
         with replaced(*changes), self.grad_mode(), masks:

@@ -142,7 +142,7 @@ def test_recording_leaves_no_trace(name: str) -> None:
     for key in before:
         torch.testing.assert_close(before[key], after[key], rtol=0, atol=0, equal_nan=True, msg=key)
     simulation = env.core.simulation
-    assert not simulation.fixed_size
+    assert not simulation.fixed_size and not simulation.recorded
     state = env.get_state().apply(lambda x: x.contiguous())  # sums depend on the order in memory
     env.mode, env._compiled, env.core.held = "eager", None, None
     env.set_state(state)

@@ -96,10 +96,10 @@ def rollout(env: VmasEnv, tensordict: TensorDictBase, steps: int) -> Any:
     return torch.stack(play(env, tensordict, steps))  # [T, E]
 
 
-def assert_same(a: TensorDictBase, b: TensorDictBase, rows: Any = slice(None), near: float = 0) -> None:
+def assert_same(a: TensorDictBase, b: TensorDictBase, rows: Any = slice(None)) -> None:
     assert set(a.keys(True, True)) == set(b.keys(True, True))
     for key in a.keys(True, True):
-        torch.testing.assert_close(a[key][rows], b[key][rows], rtol=near, atol=near, equal_nan=True, msg=str(key))
+        torch.testing.assert_close(a[key][rows], b[key][rows], rtol=0, atol=0, equal_nan=True, msg=str(key))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -551,8 +551,7 @@ def test_reset_done_is_step_mdp_and_maybe_reset() -> None:
     "name", ["navigation", "balance", "simple_tag", "dispersion", "transport", "discovery", "flocking"]
 )
 def test_neither_step_nor_reset_reads_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, where boolean indexing is replaced as well; same result, to rounding where rays are cast."""
-    near = 1e-5 if name in ("navigation", "discovery", "flocking") else 0
+    """As on CUDA, where boolean indexing is replaced as well; same result."""
     reference = make(name, check_nan=False, spare_resets=False)
     other = reference.reset()
     with monkeypatch.context() as cuda:
@@ -567,9 +566,9 @@ def test_neither_step_nor_reset_reads_the_device(name: str, monkeypatch: pytest.
             cuda.setattr("tdmarl.host.is_free", lambda device: False)
             found = env._step(td)
             td = env._reset(mask)
-        assert_same(found, reference._step(other), near=near)
+        assert_same(found, reference._step(other))
         other = reference._reset(mask)
-        assert_same(td, other, near=near)
+        assert_same(td, other)
 
 
 def test_rendering_gives_a_picture() -> None:
