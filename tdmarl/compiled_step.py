@@ -258,6 +258,17 @@ class _Function:
         entries: dict[str, Any] = {key[0]: value for key, value in zip(self._names, outputs)}
         return TensorDict._new_unsafe(entries, batch_size=torch.Size([]), device=self._device)
 
+    def describe(self) -> str:
+        """Of how many operations it is and in which pieces; why not in others that would have been worth it."""
+        blocks = f" in {self.blocks} blocks of rows" if self.blocks > 1 else ""
+        said = [f"{self.operations} operations{blocks}"]
+        if self.whole_because:
+            said.append(f"not in blocks of rows: {self.whole_because}")
+        if isinstance(self._call, cpu_graph.Replayed):
+            why = self._call.whole_because
+            said.append(f"called through Python: {why}" if why else "its kernels recorded")
+        return ", ".join(said)
+
 
 class CompiledStep:
     """Stands for a :class:`~tdmarl.step.Step`, whose Python runs once for each layout of minibatches, to be recorded.
@@ -280,6 +291,7 @@ class CompiledStep:
         self.step, self.mode = step, mode
         self.reason: str | None = None
         self.operations, self.blocks, self._builds = 0, 1, 0
+        self._last: _Function | None = None
         self._functions: dict[Any, _Function] = {}
         self._frozen_at: Any = None
         self._begun = -1
@@ -298,6 +310,12 @@ class CompiledStep:
         metrics = function(batch)
         self.step.count += 1
         return metrics
+
+    def describe(self) -> str:
+        """How steps are taken, and why not otherwise."""
+        if self.reason is not None:
+            return f"eager ({self.reason})"
+        return f"{self.mode} ({'at its first minibatch' if self._last is None else self._last.describe()})"
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -329,7 +347,8 @@ class CompiledStep:
                 self._functions[key] = _Function(step, due, batch, list(leaves), self.mode)
             if _frozen(step) != self._frozen_at:
                 raise tracing.Untraceable("its Python changes from step to step")
-            self.operations, self.blocks = self._functions[key].operations, self._functions[key].blocks
+            self._last = self._functions[key]
+            self.operations, self.blocks = self._last.operations, self._last.blocks
         return self._functions[key]
 
 

@@ -107,14 +107,7 @@ def _updates(name: str, learner: Any) -> Iterator[tuple[str, str]]:
 
 
 def _update(step: Any, take: Any, buffer: Any) -> str:
-    how = "eager"
-    if isinstance(take, CompiledStep):
-        if take.reason is not None:
-            how = f"eager ({take.reason})"
-        else:
-            blocks = f" in {take.blocks} blocks of rows" if take.blocks > 1 else ""
-            made = f"{take.operations} operations{blocks}" if take.operations else "at its first minibatch"
-            how = f"{take.mode} ({made})"
+    how = take.describe() if isinstance(take, CompiledStep) else "eager"
     rows = getattr(buffer, "minibatch_size", None) or getattr(buffer, "batch_size", None) or "all"
     if not hasattr(step, "parts"):
         return (

@@ -89,6 +89,7 @@ def test_every_algorithm_is_cut_into_blocks_and_learns_the_same(name, monkeypatc
     for function in functions:
         assert (function.blocks == 1) == draws, function.whole_because
         assert ("draws" in function.whole_because) == draws
+        assert ("not in blocks of rows: " if draws else " blocks of rows") in function.describe()
     for key in expected.keys():
         torch.testing.assert_close(found[key], expected[key], atol=2e-5, rtol=2e-5, msg=key)
     same(plain.learner.state_dict(), cut.learner.state_dict(), 2e-5)
@@ -224,6 +225,10 @@ def test_compiled_it_is_nearly_the_plain_step_and_resumes_to_the_last_bit(blocks
         torch.testing.assert_close(weights(step), weights(plain), atol=1e-5, rtol=1e-5)
         assert saved is None or "parts" in saved
         assert take.blocks == blocks
+    assert (" in 4 blocks of rows" in take.describe()) == (blocks == 4)
+    assert take.describe().endswith(", its kernels recorded)")
+    take._last._call.whole_because = "of a test"
+    assert take.describe().endswith(", called through Python: of a test)")
     _, other, go_on = pair(lambda loss: adam([*loss.parameters()], 0.1), "compile")
     other.load_state_dict(step.state_dict())
     take(rows(9)), go_on(rows(9))

@@ -35,8 +35,6 @@ def test_what_is_compiled_says_so_before_and_after_its_first_use():
     algo.learner(collector.rollout())
     after = explain(algo, env, collector)
     assert "step of " in after and "the policy compiled, too" in after and "operations): PolicyLoss" in after
-    algo.learner.accelerated.blocks = 4
-    assert "operations in 4 blocks of rows): PolicyLoss" in explain(algo, env, collector)
 
 
 def test_why_something_does_not_run_compiled():
