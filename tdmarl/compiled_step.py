@@ -283,15 +283,14 @@ class CompiledStep:
 
     Attributes:
         reason (str, optional): why the step is called as it is.
-        operations (int): of the last function made.
-        blocks (int): of rows in which it runs; see :class:`~tdmarl.row_blocks.RowBlocks`.
+        made (_Function, optional): what was recorded last, with its `operations` and `blocks` of rows.
     """
 
     def __init__(self, step: Step, mode: str) -> None:
         self.step, self.mode = step, mode
         self.reason: str | None = None
-        self.operations, self.blocks, self._builds = 0, 1, 0
-        self._last: _Function | None = None
+        self.made: _Function | None = None
+        self._builds = 0
         self._functions: dict[Any, _Function] = {}
         self._frozen_at: Any = None
         self._begun = -1
@@ -315,7 +314,7 @@ class CompiledStep:
         """How steps are taken, and why not otherwise."""
         if self.reason is not None:
             return f"eager ({self.reason})"
-        return f"{self.mode} ({'at its first minibatch' if self._last is None else self._last.describe()})"
+        return f"{self.mode} ({'at its first minibatch' if self.made is None else self.made.describe()})"
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -347,8 +346,7 @@ class CompiledStep:
                 self._functions[key] = _Function(step, due, batch, list(leaves), self.mode)
             if _frozen(step) != self._frozen_at:
                 raise tracing.Untraceable("its Python changes from step to step")
-            self._last = self._functions[key]
-            self.operations, self.blocks = self._last.operations, self._last.blocks
+            self.made = self._functions[key]
         return self._functions[key]
 
 

@@ -67,7 +67,7 @@ def test_every_algorithm_is_recorded_and_learns_the_same(name):
     """To rounding, random draws included; all that is saved is the same, moments and counts too."""
     plain, expected, _ = trained(*ALGORITHMS[name], None)
     recorded, found, steps = trained(*ALGORITHMS[name], "trace")
-    assert all(step.reason is None and step.operations > 50 for step in steps)
+    assert all(step.reason is None and step.made.operations > 50 for step in steps)
     assert found.keys() == expected.keys()
     for key in expected.keys():
         torch.testing.assert_close(found[key], expected[key], atol=2e-5, rtol=2e-5, msg=key)
@@ -224,10 +224,10 @@ def test_compiled_it_is_nearly_the_plain_step_and_resumes_to_the_last_bit(blocks
         assert not torch.equal(weights(step), before)
         torch.testing.assert_close(weights(step), weights(plain), atol=1e-5, rtol=1e-5)
         assert saved is None or "parts" in saved
-        assert take.blocks == blocks
+        assert take.made.blocks == blocks
     assert (" in 4 blocks of rows" in take.describe()) == (blocks == 4)
     assert take.describe().endswith(", its kernels recorded)")
-    take._last._call.whole_because = "of a test"
+    take.made._call.whole_because = "of a test"
     assert take.describe().endswith(", called through Python: of a test)")
     _, other, go_on = pair(lambda loss: adam([*loss.parameters()], 0.1), "compile")
     other.load_state_dict(step.state_dict())
