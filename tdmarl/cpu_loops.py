@@ -19,6 +19,10 @@ _REPEATED = 8  # values that are computed from one
 _MANY = 64  # values that are computed from one number: below, to keep it costs as much as to compute it again
 _LONG = 4096  # rows that a product sums over: the gradient of a matrix of weights
 _SMALL = 2**16  # numbers in what it makes
+# What the compiler computes again for each of several users, or once within another loop, reads at most so much.
+_READS, _READS_ONCE, _STEPS = 4, 12, 40
+_UNROLLED = 8  # terms of a sum that is no loop
+_LARGE_MASK = 2**13  # truth values
 _KEPT = torch.ops._inductor_test.realize.default
 _SLOW = {aten.sin.default, aten.cos.default, aten.tan.default, aten.atan2.default, aten.acos.default, aten.asin.default}
 _FACTORS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
@@ -166,6 +170,109 @@ def keep_what_repeats(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def keep_no_masks(graph: fx.GraphModule) -> None:
+    """Keeps what a mask is computed from, where the compiler would keep the mask: a vector of truth values takes forty
+    times as long to store as one of numbers.
+
+    Which ones these are follows from its rule: it computes again for each user what reads and computes little.
+    """
+    _Masks(graph.graph).run()
+    graph.recompile()
+
+
+class _Masks:
+    """Follows the compiler's decisions through a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        # What each node reads from memory and computes if it is inlined; it computes nothing if it lies in memory.
+        self._inlined: dict[fx.Node, tuple[frozenset[Any], frozenset[Any]]] = {}
+
+    def run(self) -> None:
+        for node in list(self._graph.nodes):
+            self._inlined[node] = self._costs(node)
+            if self._is_stored(node):
+                if node.meta.get("dtype") is torch.bool and _size(node) > 1:
+                    for x in node.all_input_nodes:
+                        self._keep(x)
+                    self._inlined[node] = self._costs(node)
+                else:
+                    self._set(node, frozenset([node]), frozenset())
+
+    def _costs(self, node: fx.Node) -> tuple[frozenset[Any], frozenset[Any]]:
+        if getattr(node.target, "is_view", False):
+            return self._seen(node)
+        here = frozenset([node])
+        times = _repetitions(node)
+        if not times:
+            return here, frozenset()
+        costs = [self._inlined[x] for x in node.all_input_nodes]
+        reads, steps = (frozenset().union(*kind) for kind in zip(*costs))
+        if times > 1:
+            reads, steps = (frozenset((x, i) for x in kind for i in range(times)) for kind in (reads, steps))
+        return reads, steps | here
+
+    def _seen(self, view: fx.Node) -> tuple[frozenset[Any], frozenset[Any]]:
+        """What a view costs: each part of something that is computed is another one."""
+        source = view.all_input_nodes[0]
+        reads, steps = self._inlined[source]
+        if not steps:
+            return frozenset([view]), steps
+        if _size(view) >= _size(source):
+            return reads, steps
+        return frozenset((read, view) for read in reads), frozenset((step, view) for step in steps)
+
+    def _is_stored(self, node: fx.Node) -> bool:
+        reads, steps = self._inlined[node]
+        several = len(node.users) > 1 or _most(node) > _size(node)
+        return len(reads) > (_READS if several else _READS_ONCE) or bool(steps) and len(reads) + len(steps) > _STEPS
+
+    def _keep(self, node: Any) -> None:
+        """Sees to it that a node lies in memory, as numbers."""
+        while getattr(node.target, "is_view", False):
+            node = node.args[0]
+        reads, steps = self._inlined[node]
+        is_mask, shape = node.meta.get("dtype") is torch.bool, node.meta.get("shape")
+        if not steps or shape is None or is_mask and len(reads) == 1:  # it lies there, or is computed from one number that does
+            return
+        number = node
+        if is_mask:
+            with self._graph.inserting_after(node):
+                number = _call(self._graph, aten._to_copy.default, (node,), {"dtype": torch.float32}, node, shape)
+            number.meta["dtype"] = torch.float32
+        with self._graph.inserting_after(number):
+            kept = found = _call(self._graph, _KEPT, (number,), {}, number, shape)
+        if is_mask:
+            with self._graph.inserting_after(kept):
+                found = _call(self._graph, aten.ne.Scalar, (kept, 0), {}, node, shape)
+        node.replace_all_uses_with(found, lambda user: user not in (number, kept))
+        self._inlined[number] = self._inlined[kept] = frozenset([kept]), frozenset()
+        self._set(found, frozenset([kept]), frozenset([found] if is_mask else []))
+
+    def _set(self, node: fx.Node, reads: frozenset[Any], steps: frozenset[Any]) -> None:
+        self._inlined[node] = reads, steps
+        for user in node.users:
+            if user in self._inlined and getattr(user.target, "is_view", False):
+                self._set(user, *self._seen(user))
+
+
+def move_masks_as_they_are(graph: fx.GraphModule) -> None:
+    """Leaves it to PyTorch to copy and to write into large masks that lie in memory, such as a grid of visited cells.
+
+    Compiled loops take ten times as long for a truth value as for a number.
+    """
+    stored: set[fx.Node] = set()
+    for node in list(graph.graph.nodes):
+        if node.meta.get("dtype") is not torch.bool or _size(node) < _LARGE_MASK:
+            continue
+        if node.op != "call_function":
+            stored.add(node)
+        elif any(x in stored and _size(x) <= _size(node) for x in node.all_input_nodes):
+            stored.add(node)
+            if not getattr(node.target, "is_view", False):
+                node.meta["custom"] = {"fallback_to_eager": True}
+
+
 def _most(node: fx.Node) -> int:
     """How many values the largest of those has that are computed from a node, views of it included."""
     return max(
@@ -176,6 +283,19 @@ def _most(node: fx.Node) -> int:
 def _size(node: fx.Node) -> int:
     shape = node.meta.get("shape")
     return 0 if shape is None else torch.Size(shape).numel()
+
+
+def _repetitions(node: fx.Node) -> int:
+    """How often the compiler would compute the operands where it computes a node; never if they lie in memory."""
+    tags = getattr(node.target, "tags", ())
+    if node.target is _KEPT or not node.all_input_nodes:
+        return 0
+    if torch.Tag.pointwise in tags:
+        return 1
+    if torch.Tag.reduction in tags and "shape" in node.meta:
+        summed = _size(node.all_input_nodes[0]) // max(_size(node), 1)
+        return summed if summed < _UNROLLED else 0
+    return 0
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from tdmarl import tracing
 from tdmarl.cpu_graph import Compiled
 from tdmarl.cpu_loops import (
-    cut_long_products, keep_numbers, keep_what_repeats, norm_one_by_one, sum_by_products, turn_narrow_products,
+    cut_long_products, keep_no_masks, keep_numbers, keep_what_repeats, move_masks_as_they_are, norm_one_by_one,
+    sum_by_products, turn_narrow_products,
 )  # fmt: skip
+
+from tdmarl.functions import Function
 
 aten = torch.ops.aten
 
@@ -140,3 +144,55 @@ def test_what_many_values_are_computed_from_is_kept():
     found, expected = graph(places, angles), function(places, angles)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(Compiled(graph, [places, angles], {})(places, angles), expected)
+
+
+def _nearest(*x):
+    """The nearest of four places, and of those behind; each mask is used for distances and for places."""
+    least, found = torch.full_like(x[0][0], torch.inf), torch.zeros_like(x[0])
+    for i in range(0, 8, 2):
+        distance = torch.linalg.vector_norm(x[i] * x[i + 1] - x[i + 1] / 3 + x[i - 1], dim=0)
+        is_less = distance < least
+        least, found = torch.where(is_less, distance, least), torch.where(is_less.unsqueeze(0), x[i], found)
+    behind = (found[0] * x[1][0] > x[2][0] - x[3][1]) & (found[1] + x[4][1] < x[5][0]) & (least < x[6][1] * x[7][1])
+    return [least, found, torch.where(behind, found, 0.0), torch.where(behind, least, 1.0), behind.float().sum(0)]
+
+
+def _parts(*x):
+    """Masks of parts of what is computed: every part reads what the whole does."""
+    crossed = x[0] * x[1] - x[2] * x[3]
+    inside = (crossed[0] > 0) & (crossed[1] / crossed[0] >= 0) & (crossed[1] <= crossed[0])
+    return [torch.where(inside, x[4], torch.inf), torch.where(inside, crossed[0], 0.0)]
+
+
+@pytest.mark.parametrize("function", [_nearest, _parts])
+def test_no_mask_lies_in_memory(function):
+    inputs = [torch.randn(2, 16, 64) for _ in range(8)]
+    codes = []
+    for suited in (False, True):
+        graph = tracing.trace(function, inputs)
+        if suited:
+            keep_no_masks(graph)
+            torch.testing.assert_close(graph(*inputs), function(*inputs), rtol=0, atol=0, equal_nan=True)
+        options = {**Function.options, "fx_graph_cache": False}
+        found, code = run_and_get_code(lambda graph=graph: Compiled(graph, inputs, options)(*inputs))
+        torch.testing.assert_close(found, function(*inputs), rtol=1e-4, atol=1e-5, equal_nan=True)
+        codes.append("".join(code))
+    assert "bool* " in codes[0] and "bool* " not in codes[1]
+
+
+def test_large_masks_in_memory_are_moved_by_pytorch():
+    grid, ints = torch.rand(8, 40, 40) > 0.5, torch.randint(40, (2, 8))
+    new, row = torch.tensor([True, False] * 4).view(8, 1, 1), torch.arange(8)
+
+    def function(grid, ints, new):
+        written = grid.index_put((row, ints[0], ints[1]), torch.tensor(True))
+        seen = written[row, ints[1], ints[0]].float()  # a few, which a loop may look up
+        return [torch.where(new, grid, written).clone(memory_format=torch.contiguous_format), seen]
+
+    graph = tracing.trace(function, [grid, ints, new])
+    move_masks_as_they_are(graph)
+    left = [node.target for node in graph.graph.nodes if node.meta.get("custom") == {"fallback_to_eager": True}]
+    assert left == [aten.index_put.default, aten.where.self, aten.clone.default]
+    found, code = run_and_get_code(lambda: Compiled(graph, [grid, ints, new], {})(grid, ints, new))
+    torch.testing.assert_close(found, function(grid, ints, new), rtol=0, atol=0)
+    assert found[1].sum() >= (ints[0] == ints[1]).sum() and "bool* out_ptr" not in "".join(code)

@@ -25,6 +25,7 @@ Node = Any  # an `fx.Node`, of whose arguments a type checker knows nothing
 _JOINS = {aten.cat.default, aten.stack.default}
 _SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _LONG = 4  # terms of a sum that is taken at once
+_LARGER = 8  # times what is read, that is not worth copying for it
 _MANY = 3  # operations that are worth a stack
 _VIEWS = {
     aten.view.default,
@@ -362,7 +363,8 @@ class _Batches(_Values):
     def _is_worth(self, nodes: list[Node]) -> bool:
         """Whether nodes become one operation.
 
-        Not if they are only returned, or only views, and would have to be stacked for that.
+        Not if they are only returned, or only views, or small parts of what they read, and that would have to be
+        stacked for it.
         """
         first, *others = nodes
         if is_draw(first) or not first.all_input_nodes:
@@ -371,8 +373,12 @@ class _Batches(_Values):
             return len(nodes) > 1
         returned = all(user.op == "output" for node in nodes for user in node.users)
         shared = set(first.all_input_nodes).intersection(*[node.all_input_nodes for node in others])
-        stacked = all(x in shared or self._source(x) is not None for x in first.all_input_nodes)
-        return len(nodes) >= _MANY and (stacked or not returned and first.target not in _VIEWS)
+        copied = [x for x in first.all_input_nodes if x not in shared and self._source(x) is None]
+        if "shape" in first.meta:
+            size = first.meta["shape"].numel()
+            if any(x.meta["shape"].numel() > _LARGER * size for x in copied):
+                return False
+        return len(nodes) >= _MANY and (not copied or not returned and first.target not in _VIEWS)
 
     def _together(self, nodes: list[Node]) -> None:
         """One operation for all nodes."""

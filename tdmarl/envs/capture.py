@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from tdmarl import functions, tracing
-from tdmarl.cpu_loops import keep_what_repeats
+from tdmarl.cpu_loops import keep_no_masks, keep_what_repeats, move_masks_as_they_are
 from tdmarl.cuda_graph import Captured
 from tdmarl.envs.layout import environments_last, is_wide
 
@@ -59,6 +59,8 @@ class Function(functions.Function):
         graph = environments_last(graph, inputs, self._envs, contiguous)
         if mode == "compile" and inputs[0].device.type == "cpu":
             keep_what_repeats(graph)
+            keep_no_masks(graph)
+            move_masks_as_they_are(graph)
         return graph
 
     def own(self, inputs: list[Tensor]) -> list[Tensor]:

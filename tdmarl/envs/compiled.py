@@ -256,9 +256,10 @@ class CompiledVmas(_Running):
 
     @property
     def fits_tapes(self) -> bool:
-        """Whether steps and resets can be done again by `tdmarl.cpu_graph`, beside a policy's draws."""
+        """Whether steps and resets can be done again by `tdmarl.cpu_graph`, beside a policy's draws and unasked."""
         on_cpu = self._core.simulation.device.type == "cpu"
-        return self._mode == "compile" and on_cpu and self._spare_resets and not self.recording.draws
+        recording = self.recording
+        return self._mode == "compile" and on_cpu and self._spare_resets and not (recording.draws or recording.asks)
 
     def begin_in_place(self) -> tuple[list[Tensor], list[Tensor]]:
         """State and spares in the places where a graph advances them, the spares filled up if it is time."""

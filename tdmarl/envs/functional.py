@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
 import warnings
 from types import MethodType
@@ -72,6 +73,7 @@ class Simulation:
         # Football's scripted players draw for the environments that a mask selects, and would depend on
         # neighbours.
         self.fixed_size = not host.is_free(device) or "football" in origins(scenario)
+        self.acting_moves = False  # whether an entity is elsewhere once agents have acted, before the first substep
         self.recorded = False  # while it is, rays are cast in a way that compiles well, to rounding
         _bind_replacements(scenario)
         adapt(scenario)
@@ -107,9 +109,37 @@ class Simulation:
 
     def begin(self, actions: list[Action]) -> None:
         """A step's actions and its first substep; with `go_on` for each further one and `end` it is `advance`."""
+        before = self._places()
         with self.running():
             self._act(actions)
+            self.acting_moves |= any(x is not y or n != m for (x, n), (y, m) in zip(before, self._places()))
             self._substep(first=True)
+
+    def _places(self) -> list[tuple[Tensor, int]]:
+        """Where entities are, and how often that was written."""
+        return [(entity.state.pos, entity.state.pos._version) for entity in self.world.entities]
+
+    @contextlib.contextmanager
+    def boxes_apart(self) -> Iterator[None]:
+        """For substeps in which no two boxes can touch: see `near_boxes`."""
+        with replaced((self.world, "_boxes_apart", True)):
+            yield
+
+    @property
+    def box_pairs(self) -> list[tuple[Any, Any]]:
+        """The boxes that can touch each other, which costs more than all else: each has sides, and they ends."""
+        pairs = itertools.combinations(self.world.entities, 2)
+        return [(a, b) for a, b in pairs if _are_boxes(a, b) and self.world.collides(a, b)]
+
+    def near_boxes(self) -> Tensor:
+        """Whether two boxes are so near in any environment that they may touch, []."""
+        from vmas.simulator.utils import LINE_MIN_DIST
+
+        left, right = zip(*self.box_pairs)
+        reach = [a.shape.circumscribed_radius() + b.shape.circumscribed_radius() for a, b in self.box_pairs]
+        apart = torch.stack([a.state.pos for a in left]) - torch.stack([b.state.pos for b in right])
+        limits = torch.tensor(reach, device=self.device).unsqueeze(-1) + LINE_MIN_DIST
+        return (apart.norm(dim=-1) <= limits).any()
 
     def go_on(self) -> None:
         """One more substep."""
@@ -522,7 +552,15 @@ def collides(world: Any, a: Any, b: Any) -> bool:
         return False
     if not (a.movable or a.rotatable or b.movable or b.rotatable):
         return False
+    if world._boxes_apart and _are_boxes(a, b):
+        return False
     return {type(a.shape), type(b.shape)} in world._collidable_pairs
+
+
+def _are_boxes(a: Any, b: Any) -> bool:
+    from vmas.simulator.core import Box
+
+    return isinstance(a.shape, Box) and isinstance(b.shape, Box)
 
 
 def _bind_replacements(scenario: Any) -> None:
@@ -538,7 +576,7 @@ def _bind_replacements(scenario: Any) -> None:
             if entity.gravity is not None:
                 self.forces_dict[entity] = self.forces_dict[entity] + entity.mass * entity.gravity
 
-    world.collides = MethodType(collides, world)
+    world.collides, world._boxes_apart = MethodType(collides, world), False
     world._apply_gravity = MethodType(apply_gravity, world)
     world._agents, world._landmarks = Entities(world._agents), Entities(world._landmarks)
     for agent in world.scripted_agents:

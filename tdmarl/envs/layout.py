@@ -119,7 +119,8 @@ class _Rewriter:
         given = iter(inputs)
         for node in self.old.graph.nodes:
             if node.op == "placeholder":
-                values[node] = _Value(next(given), self.new.graph.placeholder(node.name))
+                x = next(given)
+                values[node] = _Value(x, describe(self.new.graph.placeholder(node.name), x))
             elif node.op == "get_attr":
                 constant = last(operator.attrgetter(node.target)(self.old), self.envs)
                 self.new.register_buffer(node.target, constant)

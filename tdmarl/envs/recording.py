@@ -11,9 +11,11 @@ Returns are the rewards, the sums of each episode's rewards up to them, and thes
 anew where an episode ended.
 
 A step with many substeps is cut into `begin` (actions, first substep), `go_on` (one substep, called again and
-again) and `end`, so that graphs stay small. Spares are two layers of what a reset writes and shows, with three
-counters: unused ones of each environment (0, 1 or 2), whether the next one is in the second layer, and whether any
-environment ever needed more than there were.
+again) and `end`, so that graphs stay small. Where values may be looked at and there are many pairs of boxes, the first
+two are recorded once more without these pairs, for substeps in which `near` finds none.
+
+Spares are two layers of what a reset writes and shows, with three counters: unused ones of each environment (0, 1 or
+2), whether the next one is in the second layer, and whether any environment ever needed more than there were.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tdmarl import tracing
+from tdmarl import host, tracing
 from tdmarl.envs.batching import batched
 from tdmarl.envs.capture import Function, Part
 from tdmarl.envs.functional import FunctionalVmas
@@ -33,6 +35,8 @@ from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last, rows
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
+_APART = " apart"  # substeps without pairs of boxes
+_BOXES = 8  # pairs that are worth two versions of a substep
 _MANY = 600  # operations of a graph whose equal ones become one
 # A picture needs these, whatever agents observe.
 _SEEN = "_state._pos", "_state._rot", "._render", "._color", "._last_measurement"
@@ -212,12 +216,17 @@ class Recording(_Resets):
             for group in display.groups
         ]
         moves, seconds = self._trace_moves(values, actions)
+        near = moves.pop("near", None)
         draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
         roots = {i for i, name in enumerate(self._all) if name.endswith(_SEEN)}
         live = sorted(_live([*moves.values(), draw], len(values), roots))
         self.names = [self._all[i] for i in live]
         values = [values[i] for i in live]
         self._make_moves(moves, seconds, live, values, actions)
+        self._near: Function | None = None
+        if near is not None:
+            tracing.restrict(near, live, [0])
+            self._near = self._make("near", near, values, set(), set(), set(), seconds["near"])
         first = next(iter(self._moves.values()))
         values = first.own(values + actions + self.no_sums)[: len(live)]
         # What is one for the batch stays as it is at a reset.
@@ -233,6 +242,17 @@ class Recording(_Resets):
         self._make_reset(values, draw_seconds, spares)
 
     @property
+    def asks(self) -> bool:
+        """Whether a step looks at values to choose what it computes."""
+        return self._near is not None
+
+    @property
+    def _has_versions(self) -> bool:
+        simulation = self._core.simulation
+        may_ask = self._mode != "cudagraph" and host.is_free(simulation.device)
+        return may_ask and len(simulation.box_pairs) >= _BOXES and not simulation.acting_moves
+
+    @property
     def draws(self) -> bool:
         """Whether a step draws random numbers."""
         return any(move.draws for move in self._moves.values())
@@ -243,12 +263,19 @@ class Recording(_Resets):
         if "step" in moves:
             return moves["step"](inputs)
         n, sums = len(self.names), len(inputs) - len(self.no_sums)
-        outputs = moves["begin"](inputs[:sums])
+        outputs = moves[self._version("begin", inputs[:n])](inputs[:sums])
         state, valid = outputs[:n], outputs[n:]
         for _ in range(self._core.simulation.world._substeps - 1):
-            state = moves["go_on"](state)
+            state = moves[self._version("go_on", state)](state)
         outputs = moves["end"](state + inputs[sums:])
         return outputs[:n] + valid + outputs[n:]
+
+    def _version(self, name: str, state: list[Tensor]) -> str:
+        """Which of two versions of a substep is right."""
+        if self._near is None:
+            return name
+        (near,) = self._near(state)
+        return name + _APART if host.is_surely_false(near) else name
 
     def _trace_moves(
         self, values: list[Tensor], actions: list[Tensor]
@@ -266,6 +293,11 @@ class Recording(_Resets):
             record("end", self._end, values + self.no_sums)
             once, again, end = map(tracing.operations, found.values())
             if once + (substeps - 1) * again + end > _LARGE:
+                if self._has_versions:
+                    with self._core.simulation.boxes_apart():
+                        record("begin" + _APART, self._begin, values + actions)
+                        record("go_on" + _APART, self._go_on, values)
+                    record("near", self._ask, values)
                 return found, seconds
             found, seconds = {}, {}
         record("step", self._whole, values + actions + self.no_sums)
@@ -283,7 +315,7 @@ class Recording(_Resets):
         n, old = len(live), len(self._all)
         for name, graph in moves.items():
             given = [
-                *(actions if name in ("step", "begin") else []),
+                *(actions if name.startswith(("step", "begin")) else []),
                 *(self.no_sums if name in ("step", "end") else []),
             ]
             others = tracing.outputs(graph) - old
@@ -309,6 +341,10 @@ class Recording(_Resets):
         agents, valid = self._decode(leaves[len(self._all) :])
         self._core.simulation.begin(agents)
         return self._state() + valid
+
+    def _ask(self, *leaves: Tensor) -> list[Tensor]:
+        self._put(leaves)
+        return [self._core.simulation.near_boxes()]
 
     def _go_on(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)

@@ -194,6 +194,21 @@ def test_forces_of_two_kinds_of_pairs_add_up(mode: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(found["agents", "observation"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_lookups_in_several_tables_copy_none() -> None:
+    """Tables of 40 entries for each environment, each of which is asked for one, are not stacked for that."""
+    tables, row = [torch.randn(E, 40) for _ in range(4)], torch.arange(E)
+
+    def looked_up(*x: Tensor) -> list[Tensor]:
+        return [(table[row, row] * 2).sum() for table in x]
+
+    graph = batched(tracing.trace(looked_up, tables), tables)
+    sizes = [node.meta["shape"].numel() for node in graph.graph.nodes if node.op == "call_function"]
+    assert max(sizes) < 40 * E  # the rest is stacked
+    assert sum(node.target is torch.ops.aten.mul.Tensor for node in graph.graph.nodes) == 1
+    for found, expected in zip(graph(*tables), looked_up(*tables)):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_graph_with_few_equal_operations_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "_MANY", 3)
     inputs = [torch.randn(E, 2), torch.randn(E, 2)]

@@ -16,6 +16,8 @@ import vmas
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from toys import NoHostRead
+from vmas.simulator.core import Agent, Box, World
+from vmas.simulator.scenario import BaseScenario
 
 import tdmarl
 from tdmarl.envs import recording
@@ -28,7 +30,7 @@ SOME = ["simple_reference", "navigation", "transport", "dispersion", "goal"]
 NAMES = ALL if os.environ.get("VMAS_ALL") else SOME
 
 
-def make(name: str, **kwargs: Any) -> VmasEnv:
+def make(name: Any, **kwargs: Any) -> VmasEnv:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env = VmasEnv(name, **{"num_envs": 6, "seed": 0, "mode": "trace", **kwargs})
@@ -119,6 +121,81 @@ def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for key in a.keys(True, True):
             torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-5)
         a, b = whole.reset_done(a), pieces.reset_done(b)
+
+
+class Boxes(BaseScenario):
+    """Five agents that are boxes with sides of 0.2 and circumscribed circles of 0.2 / sqrt(2), in a row."""
+
+    def make_world(self, batch_dim: int, device: torch.device, **kwargs: Any) -> World:
+        self.apart, self.nudge = kwargs.pop("apart", 0.5), kwargs.pop("nudge", False)
+        world = World(batch_dim, device, substeps=2)
+        for i in range(5):
+            world.add_agent(Agent(name=f"agent_{i}", shape=Box(0.2, 0.2), u_multiplier=0.1))
+        return world
+
+    def process_action(self, agent: Agent) -> None:
+        if self.nudge:
+            agent.set_pos(agent.state.pos + 0.001, None)
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        for i, agent in enumerate(self.world.agents):
+            agent.set_pos(torch.tensor([self.apart * i, 0.0]), env_index)
+
+    def observation(self, agent: Agent) -> Tensor:
+        return torch.cat([agent.state.pos, agent.state.vel], -1)
+
+    def reward(self, agent: Agent) -> Tensor:
+        return agent.state.pos[:, 0]
+
+
+@pytest.mark.parametrize(
+    "apart, version",
+    [(0.5, "go_on apart"), (0.28, "go_on"), (0.285, "go_on"), (0.2 * 2**0.5 + 4 / 600 + 0.001, "go_on apart")],
+)
+def test_pairs_of_boxes_are_left_out_while_none_can_touch(
+    apart: float, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sides reach out 4 / 600; moving 0.001 in all environments but one changes nothing for that one."""
+    whole = make(Boxes(), apart=apart)
+    monkeypatch.setattr(recording, "_LARGE", 0)
+    pieces = make(Boxes(), apart=apart)
+    moves = functions(pieces)
+    assert {"begin apart", "go_on apart"} < set(moves) and "near" in pieces._compiled.recording.report
+    assert moves["go_on apart"].operations < moves["go_on"].operations / 2
+    ran = []
+    for name, move in moves.items():
+        monkeypatch.setitem(pieces._compiled.recording._moves, name, _noted(name, move, ran))
+    a, b = whole.reset(), pieces.reset()
+    if version == "go_on":  # one environment's boxes are near; all others are far apart
+        for env in (whole, pieces):
+            state = env.get_state()
+            for name in [key for key in state.keys() if key.endswith("_state._pos")]:
+                state[name] = torch.cat([state[name][:1], 2 * state[name][1:]])
+            env.set_state(state)
+    for _ in range(3):
+        action = torch.zeros(6, 5, 2)
+        a, b = (e.step(td.set(("agents", "action"), action))["next"] for e, td in ((whole, a), (pieces, b)))
+        for key in a.keys(True, True):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-6)
+    assert set(ran) == {version.replace("go_on", "begin"), version, "end"} and pieces._compiled.recording.asks
+    moved = a["agents", "observation"][..., 2:].abs().sum((1, 2))
+    assert bool(moved.any()) == (apart < 0.2 + 4 / 600)
+
+
+def _noted(name: str, move: Any, ran: list[str]) -> Any:
+    return lambda inputs: ran.append(name) or move(inputs)
+
+
+def test_pairs_of_boxes_are_always_there_where_nobody_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is asked where agents' actions move boxes before the first substep, or where pairs are few."""
+    monkeypatch.setattr(recording, "_LARGE", 0)
+    assert "near" not in make(Boxes(), nudge=True)._compiled.recording.report
+    monkeypatch.setattr(recording, "_BOXES", 11)
+    assert "near" not in make(Boxes())._compiled.recording.report
+    monkeypatch.setattr(recording, "_BOXES", 10)
+    assert "near" in make(Boxes())._compiled.recording.report
+    monkeypatch.setattr("tdmarl.host.is_free", lambda device: False)
+    assert "near" not in make(Boxes())._compiled.recording.report
 
 
 def test_only_what_is_needed_is_carried_on() -> None:
