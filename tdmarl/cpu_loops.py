@@ -233,7 +233,8 @@ class _Masks:
             node = node.args[0]
         reads, steps = self._inlined[node]
         is_mask, shape = node.meta.get("dtype") is torch.bool, node.meta.get("shape")
-        if not steps or shape is None or is_mask and len(reads) == 1:  # it lies there, or is computed from one number that does
+        # It lies there, or is computed from one number that does.
+        if not steps or shape is None or is_mask and len(reads) == 1:
             return
         number = node
         if is_mask:
