@@ -119,8 +119,7 @@ class _Rewriter:
         given = iter(inputs)
         for node in self.old.graph.nodes:
             if node.op == "placeholder":
-                x = next(given)
-                values[node] = _Value(x, describe(self.new.graph.placeholder(node.name), x))
+                values[node] = _described(self.new.graph.placeholder(node.name), next(given))
             elif node.op == "get_attr":
                 constant = last(operator.attrgetter(node.target)(self.old), self.envs)
                 self.new.register_buffer(node.target, constant)
@@ -144,10 +143,10 @@ class _Rewriter:
         result, node = target(*tensors, **named), self.new.graph.call_function(target, *nodes)
         if isinstance(result, (tuple, list)):
             return [
-                _Value(x, describe(self.new.graph.call_function(operator.getitem, (node, i)), x))
+                _described(self.new.graph.call_function(operator.getitem, (node, i)), x)
                 for i, x in enumerate(result)
             ]
-        return _Value(result, describe(node, result))
+        return _described(node, result)
 
     def move(self, x: _Value, place: int, to: int) -> _Value:
         """`movedim`, a view."""
@@ -283,6 +282,10 @@ class _Rewriter:
 def _is_repeated(dim: int, x: Any) -> bool:
     """Whether an operand is the same all along a dimension."""
     return not (isinstance(x, _Value) and x.ndim) or x.shape[dim] == 1 or x.tensor.stride(dim) == 0
+
+
+def _described(node: fx.Node, tensor: Tensor) -> _Value:
+    return _Value(tensor, describe(node, tensor))
 
 
 def _listed(result: Any) -> list[_Value]:
