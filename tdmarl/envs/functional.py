@@ -122,14 +122,19 @@ class Simulation:
     @contextlib.contextmanager
     def boxes_apart(self) -> Iterator[None]:
         """For substeps in which no two boxes can touch: see `near_boxes`."""
-        with replaced((self.world, "_boxes_apart", True)):
+        world = self.world
+
+        def touch(a: Any, b: Any) -> bool:
+            return not _are_boxes(a, b) and collides(world, a, b)
+
+        with replaced((world, "collides", touch)):
             yield
 
     @property
     def box_pairs(self) -> list[tuple[Any, Any]]:
         """The boxes that can touch each other, which costs more than all else: each has sides, and they ends."""
         pairs = itertools.combinations(self.world.entities, 2)
-        return [(a, b) for a, b in pairs if _are_boxes(a, b) and self.world.collides(a, b)]
+        return [(a, b) for a, b in pairs if _are_boxes(a, b) and collides(self.world, a, b)]
 
     def near_boxes(self) -> Tensor:
         """Whether two boxes are so near in any environment that they may touch, []."""
@@ -552,8 +557,6 @@ def collides(world: Any, a: Any, b: Any) -> bool:
         return False
     if not (a.movable or a.rotatable or b.movable or b.rotatable):
         return False
-    if world._boxes_apart and _are_boxes(a, b):
-        return False
     return {type(a.shape), type(b.shape)} in world._collidable_pairs
 
 
@@ -576,7 +579,7 @@ def _bind_replacements(scenario: Any) -> None:
             if entity.gravity is not None:
                 self.forces_dict[entity] = self.forces_dict[entity] + entity.mass * entity.gravity
 
-    world.collides, world._boxes_apart = MethodType(collides, world), False
+    world.collides = MethodType(collides, world)
     world._apply_gravity = MethodType(apply_gravity, world)
     world._agents, world._landmarks = Entities(world._agents), Entities(world._landmarks)
     for agent in world.scripted_agents:
