@@ -155,7 +155,7 @@ class Boxes(BaseScenario):
 def test_pairs_of_boxes_are_left_out_while_none_can_touch(
     apart: float, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sides reach out 4 / 600; moving 0.001 in all environments but one changes nothing for that one."""
+    """Sides reach out 4 / 600; it takes one environment with boxes so near, however far they are in the others."""
     whole = make(Boxes(), apart=apart)
     monkeypatch.setattr(recording, "_LARGE", 0)
     pieces = make(Boxes(), apart=apart)
