@@ -224,7 +224,7 @@ class _Masks:
 
     def _is_stored(self, node: fx.Node) -> bool:
         reads, steps = self._inlined[node]
-        several = len(node.users) > 1 or _most(node) > _size(node)
+        several = len(node.users) > 1 or _most(node) > _size(node)  # what broadcasts it counts as several users
         return len(reads) > (_READS if several else _READS_ONCE) or bool(steps) and len(reads) + len(steps) > _STEPS
 
     def _keep(self, node: Any) -> None:

@@ -10,7 +10,6 @@ from tdmarl.cpu_loops import (
     cut_long_products, keep_no_masks, keep_numbers, keep_what_repeats, move_masks_as_they_are, norm_one_by_one,
     sum_by_products, turn_narrow_products,
 )  # fmt: skip
-
 from tdmarl.functions import Function
 
 aten = torch.ops.aten

@@ -140,8 +140,9 @@ class Simulation:
         """Whether two boxes are so near in any environment that they may touch, []."""
         from vmas.simulator.utils import LINE_MIN_DIST
 
-        left, right = zip(*self.box_pairs)
-        reach = [a.shape.circumscribed_radius() + b.shape.circumscribed_radius() for a, b in self.box_pairs]
+        pairs = self.box_pairs
+        left, right = zip(*pairs)
+        reach = [a.shape.circumscribed_radius() + b.shape.circumscribed_radius() for a, b in pairs]
         apart = torch.stack([a.state.pos for a in left]) - torch.stack([b.state.pos for b in right])
         limits = torch.tensor(reach, device=self.device).unsqueeze(-1) + LINE_MIN_DIST
         return (apart.norm(dim=-1) <= limits).any()
