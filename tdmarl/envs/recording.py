@@ -12,7 +12,8 @@ anew where an episode ended.
 
 A step with many substeps is cut into `begin` (actions, first substep), `go_on` (one substep, called again and
 again) and `end`, so that graphs stay small. Where values may be looked at and there are many pairs of boxes, the first
-two are recorded once more without these pairs, for substeps in which `near` finds none.
+two are recorded once more without these pairs, for substeps in which `near` finds none. They are not where `near` finds
+some at the beginning of an episode, for it would find some in one environment or another ever after.
 
 Spares are two layers of what a reset writes and shows, with three counters: unused ones of each environment (0, 1 or
 2), whether the next one is in the second layer, and whether any environment ever needed more than there were.
@@ -33,6 +34,7 @@ from tdmarl.envs.capture import Function, Part
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last, rows
+from tdmarl.envs.streams import Streams
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
 _APART = " apart"  # substeps without pairs of boxes
@@ -215,9 +217,9 @@ class Recording(_Resets):
             rows(torch.zeros(self._envs, len(group.indices), 1, device=core.simulation.device), self._envs)
             for group in display.groups
         ]
-        moves, seconds = self._trace_moves(values, actions)
-        near = moves.pop("near", None)
         draw, draw_seconds = _timed(lambda: tracing.trace(self._draw, values))
+        moves, seconds = self._trace_moves(values, actions, draw)
+        near = moves.pop("near", None)
         roots = {i for i, name in enumerate(self._all) if name.endswith(_SEEN)}
         live = sorted(_live([*moves.values(), draw], len(values), roots))
         self.names = [self._all[i] for i in live]
@@ -246,11 +248,14 @@ class Recording(_Resets):
         """Whether a step looks at values to choose what it computes."""
         return self._near is not None
 
-    @property
-    def _has_versions(self) -> bool:
+    def _wants_versions(self, values: list[Tensor], draw: fx.GraphModule) -> bool:
         simulation = self._core.simulation
         may_ask = self._mode != "cudagraph" and host.is_free(simulation.device)
-        return may_ask and len(simulation.box_pairs) >= _BOXES and not simulation.acting_moves
+        if not may_ask or len(simulation.box_pairs) < _BOXES or simulation.acting_moves:
+            return False
+        with torch.no_grad(), Streams(simulation.device, 0):  # the same answer whenever it is recorded
+            self._put(tuple(draw(*values)))
+        return host.is_surely_false(simulation.near_boxes())
 
     @property
     def draws(self) -> bool:
@@ -278,7 +283,7 @@ class Recording(_Resets):
         return name + _APART if host.is_surely_false(near) else name
 
     def _trace_moves(
-        self, values: list[Tensor], actions: list[Tensor]
+        self, values: list[Tensor], actions: list[Tensor], draw: fx.GraphModule
     ) -> tuple[dict[str, fx.GraphModule], dict[str, float]]:
         found: dict[str, fx.GraphModule] = {}
         seconds: dict[str, float] = {}
@@ -293,7 +298,7 @@ class Recording(_Resets):
             record("end", self._end, values + self.no_sums)
             once, again, end = map(tracing.operations, found.values())
             if once + (substeps - 1) * again + end > _LARGE:
-                if self._has_versions:
+                if self._wants_versions(values, draw):
                     with self._core.simulation.boxes_apart():
                         record("begin" + _APART, self._begin, values + actions)
                         record("go_on" + _APART, self._go_on, values)

@@ -156,9 +156,9 @@ def test_pairs_of_boxes_are_left_out_while_none_can_touch(
     apart: float, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sides reach out 4 / 600; it takes one environment with boxes so near, however far they are in the others."""
-    whole = make(Boxes(), apart=apart)
+    whole = make(Boxes(), apart=0.5)
     monkeypatch.setattr(recording, "_LARGE", 0)
-    pieces = make(Boxes(), apart=apart)
+    pieces = make(Boxes(), apart=0.5)
     moves = functions(pieces)
     assert {"begin apart", "go_on apart"} < set(moves) and "near" in pieces._compiled.recording.report
     assert moves["go_on apart"].operations < moves["go_on"].operations / 2
@@ -166,12 +166,11 @@ def test_pairs_of_boxes_are_left_out_while_none_can_touch(
     for name, move in moves.items():
         monkeypatch.setitem(pieces._compiled.recording._moves, name, _noted(name, move, ran))
     a, b = whole.reset(), pieces.reset()
-    if version == "go_on":  # one environment's boxes are near; all others are far apart
-        for env in (whole, pieces):
-            state = env.get_state()
-            for name in [key for key in state.keys() if key.endswith("_state._pos")]:
-                state[name] = torch.cat([state[name][:1], 2 * state[name][1:]])
-            env.set_state(state)
+    for env in (whole, pieces):  # one environment's boxes are moved
+        state = env.get_state()
+        for name in [key for key in state.keys() if key.endswith("_state._pos")]:
+            state[name] = torch.cat([state[name][:1] * apart / 0.5, state[name][1:]])
+        env.set_state(state)
     for _ in range(3):
         action = torch.zeros(6, 5, 2)
         a, b = (e.step(td.set(("agents", "action"), action))["next"] for e, td in ((whole, a), (pieces, b)))
@@ -187,8 +186,9 @@ def _noted(name: str, move: Any, ran: list[str]) -> Any:
 
 
 def test_pairs_of_boxes_are_always_there_where_nobody_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is asked where agents' actions move boxes before the first substep, or where pairs are few."""
+    """Nor is asked where agents' actions move boxes before the first substep, pairs are few, or near from the first."""
     monkeypatch.setattr(recording, "_LARGE", 0)
+    assert "near" not in make(Boxes(), apart=0.28)._compiled.recording.report
     assert "near" not in make(Boxes(), nudge=True)._compiled.recording.report
     monkeypatch.setattr(recording, "_BOXES", 11)
     assert "near" not in make(Boxes())._compiled.recording.report
