@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 
-from tdmarl.envs.functional import Action
+from tdmarl.envs.simulation import Action
 
 
 class ActionOptions(NamedTuple):

@@ -12,7 +12,7 @@ from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs.utils import MarlGroupMapType, check_marl_grouping
 
 from tdmarl.envs.actions import ActionOptions, ContinuousActions, DiscreteActions, action_size, make_actions
-from tdmarl.envs.functional import Action, Out
+from tdmarl.envs.simulation import Action, Out
 
 
 def make_group_map(

@@ -41,7 +41,7 @@ from vmas.simulator.utils import ScenarioUtils
 
 from tdmarl.envs import recording, scenarios
 from tdmarl.envs.batching import batched
-from tdmarl.envs.functional import collides, find_position
+from tdmarl.envs.simulation import collides, find_position
 from tdmarl.envs.slots import _resolve, walk
 from tdmarl.envs.vmas import VmasEnv
 

@@ -22,8 +22,8 @@ from vmas.simulator.core import Agent, Landmark, World
 from vmas.simulator.scenario import BaseScenario
 
 from tdmarl.envs.check import check_env
-from tdmarl.envs.functional import find_position
 from tdmarl.envs.scenarios import UNSUPPORTED, replaced
+from tdmarl.envs.simulation import find_position
 from tdmarl.envs.vmas import VmasEnv
 
 ALL = [n for n in vmas.scenarios + vmas.mpe_scenarios + vmas.debug_scenarios if n not in UNSUPPORTED]
