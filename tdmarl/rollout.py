@@ -252,7 +252,6 @@ class Rollout:
 
     def _captured(self, act: ModuleFunction, made: Any, present: Leaves) -> OneGraph:
         if self._graph is None or self._graph.parts != (act, made):
-
             sums = [self._sums[key] for key in made.recording.reward_paths]
             self._graph = OneGraph(act, made, functools.partial(self._combine, made), present, sums)
         return self._graph
