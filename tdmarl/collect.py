@@ -274,6 +274,7 @@ class Collector(BaseCollector):
         root = self._stepper.start() if self._root is None else self._root
         n_envs = self.env.batch_size.numel()
         acts = [self._frames + t * n_envs >= self.init_random_frames for t in range(self.steps)]
+        self._root = None  # should a step fail, the next batch begins with new episodes
         with seeds.routed(self.generator), set_exploration_type(ExplorationType.RANDOM):
             fused = self._fused if self._fused.is_possible() else None
             batch, self._root = self._one_by_one(root, acts) if fused is None else fused(root, self._random, acts)

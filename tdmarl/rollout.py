@@ -192,11 +192,13 @@ class Rollout:
             with _no_garbage():
                 done = 0
                 while done < len(acts):
-                    made = self._env.transitions()
-                    if made is None:
+                    compiled = self._env.transitions()
+                    if compiled is None:
+                        self._chunk = self._graph = None
                         raise RuntimeError(
                             f"The environment cannot go on compiled: {self._env.fallback_reason}."
                         )
+                    made = compiled
                     shown, own = made.recording.paths, acts[done]
                     chunk = self._recorded(act, made, present, len(acts)) if own else None
                     if chunk is not None:
@@ -224,7 +226,7 @@ class Rollout:
             if shown:
                 if self._chunk is not None:
                     made.hold([x.clone() for x in made.state()])
-                self._env.go_on_from([present[key] for key in shown])
+                self._env.go_on_from(made.nest([present[key] for key in shown]))
         return layout.nest(columns.entries, len(acts)), layout.nest(present)
 
     def _recorded(self, act: ModuleFunction | None, made: Any, present: Leaves, steps: int) -> Chunk | None:

@@ -342,6 +342,42 @@ def test_a_missing_or_wrong_action_is_named() -> None:
         make(env, nans).rollout()
 
 
+@pytest.mark.parametrize("mode", ["eager", "trace"])
+def test_after_a_refused_action_episodes_begin_anew(mode: str) -> None:
+    class Once(TensorDictModuleBase):
+        in_keys, out_keys, calls = [("agents", "observation")], [("agents", "action")], 0
+
+        def forward(self, td: TensorDictBase) -> TensorDictBase:
+            self.calls += 1
+            return td.set(self.out_keys[0], torch.full((ENVS, 3, 2), float("nan") if self.calls == STEPS + 3 else 0.1))
+
+    collector = make(make_env(mode=mode, max_steps=None), Once())
+    collector.rollout()
+    with pytest.raises(ValueError, match="NaN"):
+        collector.rollout()
+    batch = collector.rollout()
+    assert batch["is_init"][:, 0].all() and not batch["is_init"][:, 1:].any()
+    after, following = batch["next", "agents", "observation"][:, :-1], batch["agents", "observation"][:, 1:]
+    assert torch.equal(after, following)
+
+
+def test_an_environment_that_cannot_go_on_compiled_says_why() -> None:
+    env = make_env()
+
+    class Restless(TensorDictModuleBase):
+        in_keys, out_keys, calls = [("agents", "observation")], [("agents", "action")], 0
+
+        def forward(self, td: TensorDictBase) -> TensorDictBase:
+            self.calls += 1
+            env.scenario.a_number = self.calls
+            return td.set(self.out_keys[0], torch.zeros(ENVS, 3, 2))
+
+    collector = make(env, Restless())
+    with pytest.warns(UserWarning, match="eagerly"), pytest.raises(RuntimeError, match="values changed"):
+        collector.rollout()
+    assert collector.rollout()["is_init"][:, 0].all()
+
+
 def test_other_environments_take_the_ordinary_path() -> None:
     class Louder(tdmarl.VmasEnv):
         def _step(self, tensordict: TensorDictBase) -> TensorDictBase:

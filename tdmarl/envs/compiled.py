@@ -58,16 +58,18 @@ class _Running:
             raise tracing.Untraceable(f"the Python value {core.slots.changing[0]} changes from step to step")
         self._core, self._display, self._groups, self._check = core, display, display.groups, check
         self._envs, self._spare_resets, self._mode = core.simulation.envs, spare_resets, mode
-        # On a CPU it is known when an environment has no spare left; elsewhere nobody asks.
-        self._period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
-        self._period *= not host.is_free(core.simulation.device)
+        # On a CPU it is known when an environment has no spare left; elsewhere nobody asks, `_lacks` always holds, and
+        # spares are drawn every so many resets.
+        self._asks = host.is_free(core.simulation.device)
+        period = _PERIOD if max_steps is None else max(1, min(_PERIOD, max_steps // 2))
+        self._period = 0 if self._asks else period
         self._spares: list[Tensor] | None = None
         self._own: dict[str, Tensor] | None = None
         self._until_refill, self._lacks = 0, True
         simulation, saved = core.simulation, {name: value.clone() for name, value in core._read().items()}
         streams, fixed_size, grad_mode = core.streams.state(), simulation.fixed_size, simulation.grad_mode
         core.held, simulation.fixed_size, simulation.grad_mode = None, True, torch.no_grad
-        simulation.recorded = True
+        simulation.is_recorded = True
         try:
             with core.streams:
                 drawn = _host_draws()
@@ -75,7 +77,8 @@ class _Running:
                 if _host_draws() != drawn:
                     raise tracing.Untraceable("it draws numbers from NumPy or from Python's random")
         finally:  # recording is no step, no reset and no draw
-            simulation.fixed_size, simulation.grad_mode, simulation.recorded = fixed_size, grad_mode, False
+            simulation.fixed_size, simulation.grad_mode = fixed_size, grad_mode
+            simulation.is_recorded = simulation.boxes_apart = False
             core.streams.load_state(streams)
             core._write({name: value.clone() for name, value in saved.items()})
         self._hold([last(saved[name], self._envs) for name in self.recording.names])
@@ -173,7 +176,7 @@ class _Running:
         device = self._core.simulation.device
         ordered = [drawn[f"drawn:{i}"].to(device, copy=True) for i in range(len(drawn))]
         self._spares = [last(x, self._envs) for x in ordered] or None
-        self._lacks = self._spares is not None and bool((self._spares[0] == 0).any())
+        self._lacks = not self._asks or self._spares is not None and bool((self._spares[0] == 0).any())
 
     def is_stale(self) -> bool:
         """Whether a Python value or a fixed tensor of the scenario, frozen in the graphs, has changed."""

@@ -7,6 +7,7 @@ function writes them to their places, runs VMAS's own Python (`simulation.py`) a
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Iterator, NamedTuple
 
 import torch
@@ -86,6 +87,10 @@ class _Stateful:
                     f"'state:{name}' has shape {tuple(found)}, expected {tuple(present.shape)};"
                     " build the environment with the same num_envs and scenario arguments."
                 )
+        for kind, names in (("number", list(self.slots.read_numbers())), ("stream", ["torch_cpu", "start_over"])):
+            for name in names:
+                if name not in parts[kind]:
+                    raise KeyError(f"'{kind}:{name}' is missing: the state dict is not of this scenario and arguments.")
         self._write(
             {name: value.to(self.simulation.device, copy=True) for name, value in parts["state"].items()}
         )
@@ -107,6 +112,14 @@ class _Stateful:
         """Puts what is `held` where VMAS's objects keep it."""
         if self.held is not None:
             self._write(self._read())
+
+    @contextlib.contextmanager
+    def _objects(self) -> Iterator[None]:
+        """VMAS's Python runs inside, on its objects and with random numbers of its own."""
+        self.into_objects()
+        with self.streams:
+            yield
+        self.from_objects()
 
     def from_objects(self) -> None:
         """Takes from VMAS's objects what is `held`."""
@@ -184,11 +197,8 @@ class FunctionalVmas(_Stateful):
 
     def advance(self, actions: list[Action]) -> Out:
         """One step from the present state."""
-        self.into_objects()
-        with self.streams:
-            out = self.simulation.advance(actions)
-        self.from_objects()
-        return out
+        with self._objects():
+            return self.simulation.advance(actions)
 
     def restart(self, mask: Tensor | None = None) -> Out:
         """Resets the environments where `mask` [E] is True, all without one.
@@ -203,11 +213,8 @@ class FunctionalVmas(_Stateful):
                 self._write({name: value.clone() for name, value in self._first.items()})
                 self.slots.write_numbers(self._first_numbers)
                 self._start_over = False
-            self.into_objects()
-            with self.streams:
-                out = self.simulation.restart()
-            self.from_objects()
-            return out
+            with self._objects():
+                return self.simulation.restart()
         new, out = self._draw()
         self._merge(mask, new)
         return out
@@ -230,17 +237,16 @@ class FunctionalVmas(_Stateful):
         """What a reset of all environments would write and show; the state stays as it is."""
         names = self.slots.reset_names | {"steps"}
         old = {name: value.clone() for name, value in self._read().items()}
-        self.into_objects()
-        with self.streams:
+        with self._objects():
             out = self.simulation.restart()
-        self.from_objects()
         new = {name: value for name, value in self._read().items() if name in names}
         self._write(old)
         return new, out
 
     def _merge(self, mask: Tensor, new: dict[str, Tensor]) -> None:
         merge, present = Merge(mask), self._read()
-        self._write(present | {name: merge(value, present[name]) for name, value in new.items()})
+        rows = {name: value for name, value in new.items() if name == "steps" or name in self.slots.per_environment}
+        self._write(present | {name: merge(value, present[name]) for name, value in rows.items()})
 
     def step(self, state: TensorDict, actions: list[Action]) -> tuple[TensorDict, Out]:
         """The state after one step from `state`, which is left as it is."""
@@ -271,7 +277,8 @@ def _flat(spares: Spares) -> dict[str, Tensor]:
     found |= {f"state:{name}": value for name, value in spares.state.items()}
     for kind, agents in (("observation", out.observation), ("info", out.info)):
         for i, value in enumerate(agents):
-            found |= {f"{kind}:{i}{path}": leaf for path, leaf in _leaves(value)}
+            named = {"": value} if isinstance(value, Tensor) else {f":{key}": entry for key, entry in value.items()}
+            found |= {f"{kind}:{i}{name}": entry for name, entry in named.items()}
     return {f"spare:{name}": value.detach().clone() for name, value in found.items()}
 
 
@@ -280,7 +287,8 @@ def _nested(entries: dict[str, Tensor], device: torch.device) -> Spares:
     kinds: dict[str, Any] = {"state": {}, "observation": {}, "info": {}}
     for name, value in entries.items():
         kind, _, rest = name.partition(":")
-        *path, last = [rest] if kind == "state" else [kind] if not rest else rest.split(":")
+        # An agent's number comes before the names of its entries, which may have such a sign, too.
+        *path, last = [rest] if kind == "state" else [kind] if not rest else rest.split(":", 1)
         place = kinds[kind] if rest else kinds
         for key in path:
             place = place.setdefault(key, {})
@@ -289,14 +297,6 @@ def _nested(entries: dict[str, Tensor], device: torch.device) -> Spares:
     info = [kinds["info"].get(i, {}) for i in agents]
     out = Out([kinds["observation"][i] for i in agents], [], info, kinds["terminated"])
     return Spares(kinds["state"], out, kinds["unused"])
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    else:
-        for key, entry in value.items():
-            yield from _leaves(entry, f"{path}:{key}")
 
 
 class Merge:

@@ -232,12 +232,8 @@ class Recording(_Resets):
         first = next(iter(self._moves.values()))
         values = first.own(values + actions + self.no_sums)[: len(live)]
         # What is one for the batch stays as it is at a reset.
-        written = core.slots.reset_names | {"steps"}
-        self._reset_places = [
-            place
-            for place, name in enumerate(self.names)
-            if name in written and values[place].ndim and values[place].shape[0] == self._envs
-        ]
+        written = core.slots.reset_names & core.slots.per_environment | {"steps"}
+        self._reset_places = [place for place, name in enumerate(self.names) if name in written]
         shown = range(len(self._all), len(self._all) + self.shown.num_leaves)
         tracing.restrict(draw, live, [*(live[place] for place in self._reset_places), *shown])
         self._draw_graph = _in_few(draw, values)
@@ -292,16 +288,18 @@ class Recording(_Resets):
             found[name], seconds[name] = _timed(lambda: tracing.trace(function, inputs))
 
         substeps = self._core.simulation.world._substeps
-        if substeps > 1:
+        if substeps > 1:  # in pieces, which tell how large the whole would be
+            self._are_whole = True
             record("begin", self._begin, values + actions)
             record("go_on", self._go_on, values)
             record("end", self._end, values + self.no_sums)
             once, again, end = map(tracing.operations, found.values())
-            if once + (substeps - 1) * again + end > _LARGE:
+            if self._are_whole and once + (substeps - 1) * again + end > _LARGE:
                 if self._wants_versions(values, draw):
-                    with self._core.simulation.boxes_apart():
-                        record("begin" + _APART, self._begin, values + actions)
-                        record("go_on" + _APART, self._go_on, values)
+                    self._core.simulation.boxes_apart = True
+                    record("begin" + _APART, self._begin, values + actions)
+                    record("go_on" + _APART, self._go_on, values)
+                    self._core.simulation.boxes_apart = False
                     record("near", self._ask, values)
                 return found, seconds
             found, seconds = {}, {}
@@ -345,7 +343,7 @@ class Recording(_Resets):
         self._put(leaves)
         agents, valid = self._decode(leaves[len(self._all) :])
         self._core.simulation.begin(agents)
-        return self._state() + valid
+        return self._between() + valid
 
     def _ask(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
@@ -354,6 +352,11 @@ class Recording(_Resets):
     def _go_on(self, *leaves: Tensor) -> list[Tensor]:
         self._put(leaves)
         self._core.simulation.go_on()
+        return self._between()
+
+    def _between(self) -> list[Tensor]:
+        """The state within a step, where names of one tensor may be names of two for a while."""
+        self._are_whole &= self._core.slots.are_whole
         return self._state()
 
     def _end(self, *leaves: Tensor) -> list[Tensor]:

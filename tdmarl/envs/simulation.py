@@ -68,7 +68,8 @@ class Simulation:
         # neighbours.
         self.fixed_size = not host.is_free(device) or "football" in origins(scenario)
         self.acting_moves = False  # whether an entity is elsewhere once agents have acted, before the first substep
-        self.recorded = False  # while it is, rays are cast in a way that compiles well, to rounding
+        self.boxes_apart = False  # while it is, substeps are those in which no two boxes can touch: see `near_boxes`
+        self.is_recorded = False  # while it is, rays are cast in a way that compiles well, to rounding
         _bind_replacements(scenario)
         adapt(scenario)
 
@@ -88,7 +89,7 @@ class Simulation:
         if self.draws.drawn:
             draws = self.draws
             changes.append((Tensor, "repeat", lambda tensor, *sizes: draws.repeat(tensor, *sizes)))
-        if self.recorded and getattr(self.world.cast_rays, "__func__", None) is World.cast_rays:
+        if self.is_recorded and getattr(self.world.cast_rays, "__func__", None) is World.cast_rays:
             changes.append((self.world, "cast_rays", MethodType(cast_rays, self.world)))
         masks = FixedSize() if self.fixed_size else contextlib.nullcontext()
         with replaced(*changes), self.grad_mode(), masks:
@@ -112,17 +113,6 @@ class Simulation:
     def _places(self) -> list[tuple[Tensor, int]]:
         """Where entities are, and how often that was written."""
         return [(entity.state.pos, entity.state.pos._version) for entity in self.world.entities]
-
-    @contextlib.contextmanager
-    def boxes_apart(self) -> Iterator[None]:
-        """For substeps in which no two boxes can touch: see `near_boxes`."""
-        world = self.world
-
-        def touch(a: Any, b: Any) -> bool:
-            return not _are_boxes(a, b) and collides(world, a, b)
-
-        with replaced((world, "collides", touch)):
-            yield
 
     @property
     def box_pairs(self) -> list[tuple[Any, Any]]:
@@ -165,7 +155,13 @@ class Simulation:
         def integrate_state(entity: Any, substep: int) -> None:
             integrate(entity, 0 if first else 1)
 
-        with replaced((world, "_substeps", 1), (world, "_integrate_state", integrate_state)):
+        def touch(a: Any, b: Any) -> bool:
+            return not _are_boxes(a, b) and collides(world, a, b)
+
+        changes = [(world, "_substeps", 1), (world, "_integrate_state", integrate_state)]
+        if self.boxes_apart:
+            changes.append((world, "collides", touch))
+        with replaced(*changes):
             world.step()
 
     def _finish(self) -> Out:
@@ -211,10 +207,21 @@ def _make_world(scenario: Any, envs: int, device: torch.device, kwargs: dict[str
         try:
             return scenario.env_make_world(envs, device, **kwargs)
         except UserWarning:
-            source = inspect.getsource(type(scenario).make_world)
-            known = sorted(set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", source)))
+            known = sorted(_arguments(type(scenario)))
             unknown = sorted(set(kwargs) - set(known))
             raise ValueError(f"The scenario has no argument {unknown}; it has {known}.") from None
+
+
+def _arguments(kind: type) -> set[str]:
+    """The names that a scenario's class, and those it comes from, take out of their arguments."""
+    found: set[str] = set()
+    for method in (vars(ancestor).get("make_world") for ancestor in kind.__mro__):
+        try:
+            source = "" if method is None else inspect.getsource(method)
+        except OSError:  # it was typed into a console
+            continue
+        found |= set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", source))
+    return found
 
 
 def find_position(
@@ -232,7 +239,8 @@ def find_position(
     """
     batch = world.batch_dim if env_index is None else 1
     axes = [
-        torch.empty((batch, 64, 1), device=world.device).uniform_(*bounds) for bounds in (x_bounds, y_bounds)
+        torch.empty((batch, 64, 1), dtype=torch.float32, device=world.device).uniform_(*bounds)
+        for bounds in (x_bounds, y_bounds)
     ]
     proposals = torch.cat(axes, -1)  # [E, 64, 2]
     if occupied_positions.shape[1] == 0:
@@ -262,11 +270,12 @@ def _bind_replacements(scenario: Any) -> None:
     from vmas.simulator.core import Entity
 
     world = scenario.world
-    weightless = not bool(world._gravity.any())
+    gravity = world._gravity
+    weightless = not bool(gravity.any())
 
     def apply_gravity(self: Any, entity: Any) -> None:
         if entity.movable:
-            if not weightless:
+            if not weightless or self._gravity is not gravity:
                 self.forces_dict[entity] = self.forces_dict[entity] + entity.mass * self._gravity
             if entity.gravity is not None:
                 self.forces_dict[entity] = self.forces_dict[entity] + entity.mass * entity.gravity
@@ -292,7 +301,7 @@ def _set_action(agent: Any, force: Tensor, message: Tensor | None) -> None:
         noise = agent.action.u_noise_tensor if any(noise) else 0
     if isinstance(noise, Tensor) or noise > 0:
         force = force + torch.randn(force.shape, device=force.device) * noise
-    agent.action.u = force
+    agent.action.u = force.clone()  # scenarios write into it
     if message is not None:
         if agent.c_noise > 0:
             message = message + torch.randn(message.shape, device=message.device) * agent.c_noise

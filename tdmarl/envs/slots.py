@@ -116,6 +116,8 @@ class Slots:
             ):
                 groups.setdefault(tuple(partition[name] for partition in partitions), []).append(name)
         self.names = {group[0]: group for group in groups.values()}
+        # By the twin's number of environments, which is unlike other sizes.
+        self.per_environment = {slot for slot in self.names if last[slot].ndim and last[slot].shape[0] == envs}
         self.reset_names = {slot for slot, group in self.names.items() if not by_reset.isdisjoint(group)}
         self.numbers = [name for name, value in changed_numbers.items() if value == value]
 
@@ -135,6 +137,13 @@ class Slots:
             for key, slot in places:
                 found[slot] = owner[key]
         return found
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether each slot's places hold one tensor, as they do after a move; within one they may not."""
+        found: dict[str, Tensor] = {}
+        places = [(owner[key], slot) for owner, keys in self._owners(self._places) for key, slot in keys]
+        return all(found.setdefault(slot, value) is value for value, slot in places)
 
     def write(self, state: dict[str, Tensor]) -> None:
         """Places the tensors themselves, not copies, wherever each slot is found."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,18 @@ class Streams:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continues where `state` was taken."""
-        names = [f"torch_{generator.device.type}" for generator in self._torch]
-        self._states = [state[name].cpu().clone() for name in names]
+        """Continues where `state` was taken; a device that had no stream there gets one that depends on the CPU's."""
+        self._states = [self._state_of(generator, state) for generator in self._torch]
         *key, position = state["numpy"].tolist()
         bits = {"key": np.array(key, dtype=np.uint32), "pos": position}
         self._numpy.state = {"bit_generator": "MT19937", "state": bits}
         gauss = state["python_gauss"].item()
         self._python = 3, tuple(state["python"].tolist()), None if gauss != gauss else gauss
+
+    @staticmethod
+    def _state_of(generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
+        own = state.get(f"torch_{generator.device.type}")
+        if own is None:
+            seed = zlib.crc32(state["torch_cpu"].cpu().numpy().tobytes())
+            own = torch.Generator(generator.device).manual_seed(seed).get_state()
+        return own.cpu().clone()

@@ -19,11 +19,10 @@ from tdmarl.envs.compiled import CompiledVmas
 from tdmarl.envs.functional import FunctionalVmas, Merge
 from tdmarl.envs.groups import Display, Group, make_groups, make_specs
 from tdmarl.envs.scenarios import replaced
+from tdmarl.functions import MOST_BUILDS
 from tdmarl.tracing import Untraceable
 
-
 MODES = "eager", "trace", "compile", "cudagraph", "auto"
-_MOST_BUILDS = 3
 
 
 def choose_mode(
@@ -70,18 +69,25 @@ class _Compiled(EnvBase):
 
         In a compiled mode its Python is frozen in graphs: what is changed here holds from the next step on, and
         where that changes a frozen value, the graphs are made anew, which takes as long as the first time. Ask for
-        it before each change; later changes to an object that was kept are not seen.
+        it before each change; later changes to an object that was kept are not seen. State on which nothing depends
+        that is shown stays there as it was when the graphs were made.
         """
+        self._see_changes()
         self.core.into_objects()
         self._touched = True
         return self.core.simulation.scenario
+
+    def _see_changes(self) -> None:
+        """What was changed in the scenario's objects is the present state."""
+        if self._touched:
+            self.core.from_objects()
 
     def compile(self, *args: Any, **kwargs: Any) -> Any:
         """Compiles now instead of at the first step, where the mode is a compiled one; returns this environment."""
         if self.mode != "eager" and self._compiled is None:
             self._builds += 1
-            if self._builds > _MOST_BUILDS:
-                self._fall_back(f"its Python values changed {_MOST_BUILDS} times")
+            if self._builds > MOST_BUILDS:
+                self._fall_back(f"its Python values changed {MOST_BUILDS} times")
                 return self
             try:
                 with compiling.announced("the simulation"):
@@ -109,12 +115,20 @@ class _Compiled(EnvBase):
 
     def _runner(self) -> CompiledVmas | None:
         """What runs in place of the eager code, up to date with the scenario's Python."""
+        known: set[str] = set()
         if self._touched and self._compiled is not None:
-            self.core.from_objects()
+            self._see_changes()
             if self._compiled.is_stale():
-                self._compiled = None
+                known, self._compiled = set(self._compiled.recording.names), None
         self._touched = False
-        return self.compile()._compiled
+        compiled = self.compile()._compiled
+        if known and compiled is not None and not known.issuperset(compiled.recording.names):
+            missed = sorted(set(compiled.recording.names) - known)
+            warnings.warn(
+                f"{missed} did not go on while nothing depended on it; reset all environments to begin anew.",
+                stacklevel=4,
+            )
+        return compiled
 
     def _make_compiled(self) -> CompiledVmas:
         raise NotImplementedError
@@ -130,30 +144,44 @@ class _Saved(_Compiled):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All that this environment's future depends on, as tensors: world, step counters, random streams."""
         self._say_if_short()
-        last = {f"last:{'/'.join(key)}": value.detach().clone() for key, value in self._leaves().items()}
+        self._see_changes()
+        last = {_name_of_last(key): value.detach().clone() for key, value in self._leaves().items()}
         spares = {} if self._compiled is None else self._compiled.state_dict()
         return {**self.core.state_dict(), **last, **spares}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
-        """Continues to the last bit where `state_dict` was taken, also in another process."""
+        """Continues to the last bit where `state_dict` was taken, also in another process.
+
+        One from another kind of device has no random numbers for this one: they begin anew, the same ones each time.
+
+        Raises:
+            KeyError, ValueError: it is of another environment; this one is then as it was.
+        """
+        missing = [name for name in map(_name_of_last, self._leaves()) if name not in state_dict]
+        if missing:
+            raise KeyError(f"{missing[0]!r} is missing: the state dict is not of an environment with these groups.")
         compiled = self._runner() if "drawn:0" in state_dict else self._compiled
         others = ("last:", "drawn:") if compiled is None else ("last:", "drawn:", "spare:")
         self.core.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith(others)})
         if compiled is not None:
             compiled.load_state_dict(state_dict)
         for key in self._leaves():
-            self._last.set(key, state_dict[f"last:{'/'.join(key)}"].to(self.device, copy=True))
+            self._last.set(key, state_dict[_name_of_last(key)].to(self.device, copy=True))
 
     def _leaves(self) -> dict[tuple[str, ...], Tensor]:
         leaves = self._last.items(include_nested=True, leaves_only=True)
         return {key if isinstance(key, tuple) else (key,): value for key, value in leaves}
 
     def get_state(self) -> TensorDict:
-        """A copy of the world and the step counters; random streams are in `state_dict` alone."""
+        """A copy of the world and the step counters; random streams are in `state_dict` alone.
+
+        In a compiled mode an entry on which nothing depends that is shown is as it was when the graphs were made.
+        """
+        self._see_changes()
         return self.core.get_state()
 
     def set_state(self, state: TensorDict) -> None:
-        """Goes on from a copy of `state`."""
+        """Goes on from a copy of `state`, which the next step shows; until then the last step is shown."""
         self.core.set_state(state)
 
     def detach(self) -> None:
@@ -169,10 +197,9 @@ class _Saved(_Compiled):
             return None
         return self._runner()
 
-    def go_on_from(self, shown: list[Tensor]) -> None:
-        """Takes what the last of `transitions` showed for this environment's present."""
-        assert self._compiled is not None
-        self._last = self._tensordict(self._compiled.nest(shown))
+    def go_on_from(self, shown: dict[str, Any]) -> None:
+        """Takes what the last of `transitions` showed, nested entries, for this environment's present."""
+        self._last = self._tensordict(shown)
 
     def _say_if_short(self) -> None:
         if self._compiled is not None and self._compiled.ran_short:
@@ -326,6 +353,7 @@ class VmasEnv(_Saved):
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is None:
             self._say_if_short()
+            self._see_changes()
             out = self.core.restart()
             if self._compiled is not None:
                 self._compiled.forget_spares()
@@ -373,6 +401,7 @@ class VmasEnv(_Saved):
         """One environment's picture from VMAS's viewer, uint8 `[height, width, 3]`."""
         if self._viewer is None:
             self._viewer = make_viewer(self.core.simulation, self.continuous_actions)
+        self._see_changes()
         self.core.into_objects()
         entities = self.core.simulation.world.entities
         own = [
@@ -389,12 +418,18 @@ class VmasEnv(_Saved):
         Raises:
             NotImplementedError: it is elsewhere. VMAS leaves some of a scenario's tensors behind when moved.
         """
-        if torch.device(device) != self.device:
+        wanted = self.device if device is None else torch.device(device)
+        here = wanted.index in (None, self.device.index) or wanted.type == "cpu"
+        if wanted.type != self.device.type or not here:
             raise NotImplementedError(
                 f"VmasEnv lives on {self.device} and cannot move to {device}; build it with"
                 f" device={str(device)!r} and carry the state over with load_state_dict."
             )
         return self
+
+
+def _name_of_last(key: tuple[str, ...]) -> str:
+    return f"last:{'/'.join(key)}"
 
 
 def _tensordict(entries: dict[str, Any], batch_size: torch.Size, device: torch.device) -> TensorDict:

@@ -126,6 +126,25 @@ class Changing(Small):
         return self.leader.state.pos.sum(-1) + bonus
 
 
+class Tired(Small):
+    """Counts its steps, which shows only where they weigh something."""
+
+    def make_world(self, batch_dim, device, **kwargs):
+        self.weight, self.energy = 0.0, torch.zeros(batch_dim, device=device)
+        return super().make_world(batch_dim, device, **kwargs)
+
+    def reset_world_at(self, env_index=None):
+        super().reset_world_at(env_index)
+        if env_index is None:
+            self.energy = torch.zeros(self.world.batch_dim, device=self.world.device)
+
+    def post_step(self):
+        self.energy = self.energy + 1
+
+    def reward(self, agent):
+        return self.energy * self.weight if self.weight else agent.state.pos.sum(-1)
+
+
 class Branching(Small):
     def done(self):
         far = self.world.agents[0].state.pos.abs().sum(-1)
@@ -304,6 +323,59 @@ def test_positions_written_through_the_scenario_hold(replays: list[int], mode: s
     assert_same({k: env.get_state()[k] for k in built.recording.names}, {
         k: other.get_state()[k] for k in built.recording.names
     }, 1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["eager", "trace"])
+def test_gravity_that_is_set_later_pulls(mode: str) -> None:
+    """VMAS adds mass x gravity to the force: after one step of 0.1 s a velocity of 0.1 x gravity."""
+    env = make("simple_spread", "trace") if mode == "trace" else VmasEnv("simple_spread", num_envs=6, seed=0)
+    still = TensorDict({("agents", "action"): torch.zeros(6, 3, 2)}, [6])
+    assert not env.step(still.clone())["next", "agents", "observation"][..., 2:4].any()
+    env.scenario.world._gravity = torch.tensor([0.0, -2.0])
+    velocity = env.step(still.clone())["next", "agents", "observation"][..., 2:4]
+    torch.testing.assert_close(velocity, torch.tensor([0.0, -0.2]).expand(6, 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["eager", "trace"])
+def test_changes_through_the_scenario_add_up_and_are_seen_at_once(mode: str) -> None:
+    """Two agents are put somewhere one after the other: state, picture, reset and step see both."""
+    env = make("simple_spread", "trace") if mode == "trace" else VmasEnv("simple_spread", num_envs=6, seed=0)
+    play(env, 2)
+    for i, place in enumerate((0.3, -0.4)):
+        env.scenario.world.agents[i].set_pos(torch.full((6, 2), place), batch_index=None)
+    positions = [name for name in env.get_state().keys() if name.endswith("_state._pos") and "agents" in name]
+    for name, place in zip(sorted(positions), (0.3, -0.4)):
+        assert (env.get_state()[name] == place).all() and (env.state_dict()[f"state:{name}"] == place).all()
+    shown = env.step(TensorDict({("agents", "action"): torch.zeros(6, 3, 2)}, [6]))["next", "agents", "observation"]
+    assert (shown[:, 0, :2] - 0.3).abs().max() < 0.1 and (shown[:, 1, :2] + 0.4).abs().max() < 0.1
+
+
+def test_state_that_did_not_go_on_is_named_when_something_depends_on_it(own: ModuleType) -> None:
+    env = make(own.Tired)
+    play(env, 3)
+    env.scenario.weight = 1.0
+    with pytest.warns(UserWarning, match=r"energy.* did not go on"):
+        play(env, 1)
+    env.reset()
+    assert (play(env, 2)[-2]["next", "agents", "reward"] == 2).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_where_nobody_asks_a_saved_state_draws_ahead_when_it_did(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """As on a GPU: spares are filled up every so many resets, also after a saved state without one that lacks."""
+    monkeypatch.setattr("tdmarl.host.is_free", lambda device: False)
+    env = make(max_steps=49, seed=seed)
+    play(env, 48)
+    state = env.state_dict()
+    expected = play(env, 110, seed=1)
+    other = make(max_steps=49, seed=5)
+    other.load_state_dict(state)
+    assert_same(play(other, 110, seed=1), expected)
+    other.load_state_dict(state)
+    other._compiled._until_refill = 0
+    drawn = other.core.streams.state()
+    other._compiled.begin_in_place()
+    assert not torch.equal(other.core.streams.state()["torch_cpu"], drawn["torch_cpu"])
 
 
 def test_state_put_there_holds(replays: list[int]) -> None:

@@ -181,6 +181,40 @@ def test_pairs_of_boxes_are_left_out_while_none_can_touch(
     assert bool(moved.any()) == (apart < 0.2 + 4 / 600)
 
 
+class Late(BaseScenario):
+    """Rewards how far a fast agent came in the step; the place before is one with the place between two steps."""
+
+    def make_world(self, batch_dim: int, device: torch.device, **kwargs: Any) -> World:
+        world = World(batch_dim, device, substeps=3)
+        world.add_agent(Agent(name="agent_0", u_multiplier=10.0))
+        return world
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        agent = self.world.agents[0]
+        agent.set_pos(torch.zeros(self.world.batch_dim if env_index is None else 1, 2), env_index)
+        self.before = agent.state.pos
+
+    def observation(self, agent: Agent) -> Tensor:
+        return agent.state.pos
+
+    def reward(self, agent: Agent) -> Tensor:
+        came = (agent.state.pos - self.before).norm(dim=-1)
+        self.before = agent.state.pos
+        return came
+
+
+def test_names_of_one_tensor_that_part_within_a_step_keep_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "_LARGE", 0)
+    env, eager = make(Late()), VmasEnv(Late(), num_envs=6, seed=0)
+    assert "step" in functions(env) and "go_on" not in functions(env)
+    a, b = env.reset(), eager.reset()
+    for _ in range(3):
+        action = torch.ones(6, 1, 2)
+        a, b = (e.step(td.set(("agents", "action"), action))["next"] for e, td in ((env, a), (eager, b)))
+        torch.testing.assert_close(a["agents", "reward"], b["agents", "reward"])
+        assert (b["agents", "reward"] > 0).all()
+
+
 def _noted(name: str, move: Any, ran: list[str]) -> Any:
     return lambda inputs: ran.append(name) or move(inputs)
 
@@ -219,7 +253,7 @@ def test_recording_leaves_no_trace(name: str) -> None:
     for key in before:
         torch.testing.assert_close(before[key], after[key], rtol=0, atol=0, equal_nan=True, msg=key)
     simulation = env.core.simulation
-    assert not simulation.fixed_size and not simulation.recorded
+    assert not simulation.fixed_size and not simulation.is_recorded
     state = env.get_state().apply(lambda x: x.contiguous())  # sums depend on the order in memory
     env.mode, env._compiled, env.core.held = "eager", None, None
     env.set_state(state)

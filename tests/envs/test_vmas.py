@@ -20,10 +20,12 @@ from toys import NoHostRead
 from vmas.scenarios.balance import Scenario as Balance
 from vmas.simulator.core import Agent, Landmark, World
 from vmas.simulator.scenario import BaseScenario
+from vmas.simulator.utils import ScenarioUtils
 
 from tdmarl.envs.check import check_env
 from tdmarl.envs.scenarios import UNSUPPORTED, replaced
 from tdmarl.envs.simulation import find_position
+from tdmarl.envs.streams import Streams
 from tdmarl.envs.vmas import VmasEnv
 
 ALL = [n for n in vmas.scenarios + vmas.mpe_scenarios + vmas.debug_scenarios if n not in UNSUPPORTED]
@@ -127,6 +129,17 @@ def test_unsupported_scenarios_are_few_and_say_why() -> None:
 def test_unknown_scenario_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="'navigatoin'.*navigation"):
         make("navigatoin")
+
+
+def test_an_argument_of_an_ancestor_is_known() -> None:
+    class Louder(Counter):
+        def make_world(self, batch_dim: int, device: torch.device, **kwargs: Any) -> Any:
+            kwargs.pop("loud", None)
+            ScenarioUtils.check_kwargs_consumed({key: kwargs[key] for key in kwargs if key != "limit"})
+            return super().make_world(batch_dim, device, **kwargs)
+
+    with pytest.raises(ValueError, match=r"no argument \['quiet'\].*'limit', 'loud'"):
+        make(Louder, quiet=True)
 
 
 def test_a_scenario_argument_that_is_none_is_named() -> None:
@@ -364,8 +377,31 @@ def test_state_dict_is_tensors_and_says_what_is_wrong_with_another() -> None:
     assert state and all(isinstance(value, Tensor) for value in state.values())
     with pytest.raises(ValueError, match=r"shape \(6.*expected \(5"):
         make(num_envs=5).load_state_dict(state)
+    other = make("balance")
     with pytest.raises(KeyError, match="missing"):
-        make("balance").load_state_dict(state)
+        other.load_state_dict(state)
+    for name in ("stream:torch_cpu", "last:done"):
+        twin = make(seed=3)
+        before = twin.state_dict()
+        with pytest.raises(KeyError, match=f"'{name}' is missing"):
+            twin.load_state_dict({key: value for key, value in state.items() if key != name})
+        for key, value in twin.state_dict().items():
+            torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_state_of_another_device_starts_the_stream_that_it_lacks() -> None:
+    """The stream is the same each time, and another one after another seed."""
+
+    class Elsewhere:
+        device = torch.device("cuda")
+
+    found = []
+    for seed in (0, 0, 1):
+        streams = Streams(torch.device("cpu"), seed)
+        state = streams.state()
+        with replaced((torch, "Generator", lambda device: torch._C.Generator())):
+            found.append(Streams._state_of(Elsewhere(), state))  # type: ignore[arg-type]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_step_and_reset_are_functions_of_the_state() -> None:
@@ -530,9 +566,59 @@ def test_rewards_are_differentiable_when_asked() -> None:
     assert not make("navigation").rollout(2)["next", "agents", "reward"].requires_grad
 
 
+@pytest.mark.parametrize("name", ["het_mass", "vel_control"])
+def test_scenarios_that_write_into_actions_are_differentiable_and_leave_them_alone(name: str) -> None:
+    env = make(name, grad_enabled=True)
+    action = env.rand_action()
+    keys = [(group.name, "action") for group in env.groups]
+    for key in keys:
+        action[key].requires_grad_()
+    kept = [action[key].detach().clone() for key in keys]
+    env.step(action)["next", keys[0][0], "observation"].sum().backward()
+    for key, before in zip(keys, kept):
+        assert action[key].grad.abs().sum() > 0 and torch.equal(action[key], before)
+
+
+class Windy(BaseScenario):
+    """One wind for all environments, whose size may be their number by chance; info under a name with a colon."""
+
+    def make_world(self, batch_dim: int, device: torch.device, **kwargs: Any) -> World:
+        world = World(batch_dim, device)
+        world.add_agent(Agent(name="agent"))
+        return world
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        self.world.agents[0].set_pos(torch.rand(self.world.batch_dim, 2), env_index)
+        self.wind = torch.rand(2)
+
+    def observation(self, agent: Agent) -> Tensor:
+        return agent.state.pos + self.wind
+
+    def reward(self, agent: Agent) -> Tensor:
+        return agent.state.pos.sum(-1)
+
+    def info(self, agent: Any) -> dict[str, Tensor]:
+        return {"my:wind": self.wind.sum().expand(self.world.batch_dim)}
+
+
+@pytest.mark.parametrize("envs", [2, 4])
+@pytest.mark.parametrize("mode", ["eager", "trace"])
+def test_what_is_one_for_the_batch_is_no_row(mode: str, envs: int) -> None:
+    env = make(Windy, num_envs=envs, mode=mode)
+    env.rollout(1)
+    name = next(key for key in env.get_state().keys() if key.endswith("wind"))
+    before = env.get_state()[name].clone()
+    env._reset(TensorDict({"_reset": torch.arange(envs).unsqueeze(-1) == 0}, [envs]))
+    assert torch.equal(env.get_state()[name], before)
+    other = make(Windy, num_envs=envs, mode=mode, seed=3)
+    other.load_state_dict(env.state_dict())
+    reset = TensorDict({"_reset": torch.arange(envs).unsqueeze(-1) == 1}, [envs])
+    assert_same(other._reset(reset), env._reset(reset))
+
+
 def test_it_stays_where_it_was_built() -> None:
     env = make()
-    assert env.to("cpu") is env
+    assert env.to("cpu") is env and env.to("cpu:0") is env and env.to(None) is env
     with pytest.raises(NotImplementedError, match="cannot move to meta"):
         env.to("meta")
 
