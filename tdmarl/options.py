@@ -101,7 +101,7 @@ class Options:
     def update_mode(self, updates: int) -> str:
         """How updates run, for the algorithm; that of a resumed run stays what it was.
 
-        ``auto`` compiles them on a CPU if there are so many that they repay the quarter of a minute it takes.
+        ``auto`` compiles them on a CPU if there are so many that they repay the time it takes.
 
         Args:
             updates (int): in the whole run.
