@@ -75,7 +75,7 @@ class Run:
         self.options, self.algorithm, self.arguments, self.env = options, algorithm, arguments, env
         self.policy, self.collector = policy, collector
         name = f"{algorithm}-{options.scenario}-{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(options.resume or options.out or Path("runs", name))
+        self.folder = Path(options.resume or options.out or _new_folder(name))
         self.state: dict[str, Any] = {"iteration": 0, "frames": 0, "seconds": 0.0, "best": None}
         self.saved = 0
         self.signal = 0
@@ -202,6 +202,18 @@ class Run:
         config["resumes"] = [*config.get("resumes", []), {"iteration": self.saved, "argv": sys.argv}]
         log.write_config(self.folder, config)
         return config
+
+
+def _new_folder(name: str) -> Path:
+    """A folder in `runs` that is no other run's, also of one like it that began in the same second."""
+    folder, count = Path("runs", name), 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            count += 1
+            folder = Path("runs", f"{name}-{count}")
 
 
 class _Checkpoints:

@@ -253,6 +253,14 @@ def forked(function: Any) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def test_runs_of_one_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    for lr in ("0.1", "0.2", "0.3"):
+        assert call("--lr", lr, "--scenario", "x") == 0
+    found = {folder.name: log.read_config(folder)["options"]["lr"] for folder in Path("runs").iterdir()}
+    assert found == {"tiny-x-0-now": 0.1, "tiny-x-0-now-2": 0.2, "tiny-x-0-now-3": 0.3}
+
+
 def test_a_kill_at_any_write_can_be_resumed_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL before each call that makes something of a checkpoint or of a table appear on the disk."""
     assert call("--out", "whole") == 0
