@@ -5,6 +5,7 @@ Not meant to be run by hand.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
@@ -21,6 +22,7 @@ sys.path.insert(0, str(HERE.parent))  # the tree that is measured, installed or 
 import tdmarl  # noqa: E402
 from measuring import Answers, Memory, seconds  # noqa: E402
 from simulate_worker import scenario_arguments  # noqa: E402
+from tdmarl.memory import _Piece  # noqa: E402
 
 BATCHES = 2  # that a replay buffer holds
 
@@ -35,6 +37,16 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     """
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
+
+
+def alive() -> int:
+    """Bytes of all tensors that there are, and of the memory that waits for batches to come.
+
+    Compiled loops keep what they work on from one iteration to the next, so what an iteration adds is not all it needs.
+    """
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta]
+    found += [torch.empty(0, dtype=torch.uint8).set_(x.storage) for x in gc.get_objects() if type(x) is _Piece]
+    return nbytes(found)
 
 
 def held(learner: Any) -> dict[str, list[Tensor]]:
@@ -108,7 +120,8 @@ class Size:
 
         As in the recipes of on-policy learning a batch is let go of before the next one is collected.
         """
-        before = nbytes(x for tensors in held(self.learner).values() for x in tensors)
+        gc.collect()
+        before = alive()
         memory = Memory(self.settings["device"])
         memory.begin()
         for last in (False, True):

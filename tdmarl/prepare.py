@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -63,6 +64,7 @@ def generalized_advantage(
 
 
 _ROWS, _PARTS = 8_192, 64  # a critic is asked about so many rows at least, and of a batch in so many parts at most
+_ENTRIES = 2**19  # for which advantages are estimated at a time
 
 
 class Advantage(TensorDictModuleBase):
@@ -148,10 +150,11 @@ class Advantage(TensorDictModuleBase):
             )
             if group is not None:  # an episode that ended for all has ended for each
                 done = done | tensordict.get(("next", "done")).unsqueeze(-2)
-            advantage, target = generalized_advantage(
-                reward, value, next_value, done, terminated, gamma=self.gamma, lmbda=self.lmbda,
-                time_dim=tensordict.ndim - 1,
-            )  # fmt: skip
+            advantage, target = self._estimated(
+                [reward, value, next_value, done, terminated], tensordict.ndim - 1
+            )
+            del next_value
+            following.pop(entry(group, "state_value"))
             mask = None if group is None else tensordict.get((group, "mask"), None)
             if self.standardize is not None:
                 advantage = reduce.standardize(advantage, mask, per_agent=self.standardize == "agent")
@@ -164,6 +167,21 @@ class Advantage(TensorDictModuleBase):
             begins = begins.reshape(begins.shape[:-1] + (1,) * (before.ndim - begins.ndim + 1))
             tensordict.set(key, before.masked_fill(begins, 0))
         return tensordict.update(written)
+
+    def _estimated(self, given: list[Tensor], time_dim: int) -> tuple[Tensor, Tensor]:
+        """The advantages and targets, of some rows at a time: what they are computed by is several times as large."""
+        value, first = given[1], int(reduce.has_seed_axis())
+        rows, row = value.shape[first], max(1, value.numel() // max(1, value.shape[first]))
+        size = max(1, _ENTRIES // row)
+        options: dict[str, Any] = {"gamma": self.gamma, "lmbda": self.lmbda, "time_dim": time_dim}
+        if time_dim == first or size >= rows:
+            return generalized_advantage(*given, **options)
+        found = torch.empty_like(value), torch.empty_like(value)
+        for start in range(0, rows, size):
+            part = [x.narrow(first, start, min(size, rows - start)) for x in given]
+            for whole, x in zip(found, generalized_advantage(*part, **options)):
+                whole.narrow(first, start, x.shape[first]).copy_(x)
+        return found
 
     def _ask(self, given: TensorDictBase, fast: Accelerated | None = None) -> TensorDictBase:
         """What the critic writes, some rows at a time: its layers' outputs may be far larger than the batch."""

@@ -53,6 +53,16 @@ def test_advantage_cuts_at_ends_and_bootstraps_at_the_time_limit():
     torch.testing.assert_close(td["g", "value_target"].flatten(), torch.tensor([7.372, 8.75, 9.3, 4.0, 5.54]))
 
 
+@pytest.mark.parametrize("entries", [1, 10, 12])
+def test_advantages_are_estimated_some_rows_at_a_time(entries, monkeypatch):
+    """The case by hand in each of three rows, with rewards, values and results 1, 2 and 3 times as large."""
+    monkeypatch.setattr("tdmarl.prepare._ENTRIES", entries)  # rows of five: one, two and two at a time
+    td = torch.cat([batch().apply(lambda x, k=k: x if x.dtype == torch.bool else x * k) for k in (1, 2, 3)])
+    td = advantage(critic())(td)
+    expected = torch.tensor([6.872, 8.35, 9.0, 3.8, 5.44]) * torch.tensor([[1.0], [2.0], [3.0]])
+    torch.testing.assert_close(td["g", "advantage"].squeeze(-1).squeeze(-1), expected)
+
+
 def test_time_limit_as_termination_gives_the_numbers_of_mappos_buffer():
     following = torch.cat([VALUE[1:], NEXT[-1:]])
     found, _ = generalized_advantage(
