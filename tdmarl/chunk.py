@@ -17,7 +17,7 @@ from tdmarl.keys import Key
 if TYPE_CHECKING:
     from tdmarl.rollout import Columns
 
-_MANY_BYTES = 2**26  # of a chunk's steps; it has as few as fit, but one
+_MANY_BYTES = 2**25  # of a chunk's steps; it has as few as fit, but one
 _MOST_BYTES = 2**30  # of one step, all that is only used within it included
 _ALIGNED = 64  # bytes
 
