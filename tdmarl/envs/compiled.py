@@ -77,8 +77,7 @@ class _Running:
                 if _host_draws() != drawn:
                     raise tracing.Untraceable("it draws numbers from NumPy or from Python's random")
         finally:  # recording is no step, no reset and no draw
-            simulation.fixed_size, simulation.grad_mode = fixed_size, grad_mode
-            simulation.is_recorded = simulation.boxes_apart = False
+            simulation.fixed_size, simulation.grad_mode, simulation.is_recorded = fixed_size, grad_mode, False
             core.streams.load_state(streams)
             core._write({name: value.clone() for name, value in saved.items()})
         self._hold([last(saved[name], self._envs) for name in self.recording.names])

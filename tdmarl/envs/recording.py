@@ -34,6 +34,7 @@ from tdmarl.envs.capture import Function, Part
 from tdmarl.envs.functional import FunctionalVmas
 from tdmarl.envs.groups import Display
 from tdmarl.envs.layout import last, rows
+from tdmarl.envs.scenarios import replaced
 from tdmarl.envs.streams import Streams
 
 _LARGE = 4_000  # operations of a step that is cut into its substeps
@@ -296,10 +297,9 @@ class Recording(_Resets):
             once, again, end = map(tracing.operations, found.values())
             if self._are_whole and once + (substeps - 1) * again + end > _LARGE:
                 if self._wants_versions(values, draw):
-                    self._core.simulation.boxes_apart = True
-                    record("begin" + _APART, self._begin, values + actions)
-                    record("go_on" + _APART, self._go_on, values)
-                    self._core.simulation.boxes_apart = False
+                    with replaced((self._core.simulation, "boxes_apart", True)):
+                        record("begin" + _APART, self._begin, values + actions)
+                        record("go_on" + _APART, self._go_on, values)
                     record("near", self._ask, values)
                 return found, seconds
             found, seconds = {}, {}

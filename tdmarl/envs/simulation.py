@@ -309,4 +309,5 @@ def _set_action(agent: Any, force: Tensor, message: Tensor | None) -> None:
 
 
 def copied(value: Any) -> Any:
+    """A tensor or nested dictionaries of such, in memory of their own."""
     return value.clone() if isinstance(value, Tensor) else {key: copied(entry) for key, entry in value.items()}
