@@ -36,6 +36,7 @@ def build(settings: Settings, env: tdmarl.VmasEnv) -> tdmarl.Algorithm:
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "mode": settings.mode,
+        "precision": settings.precision,
     }
     if settings.algorithm == "mappo":
         return mappo(settings, env, common)

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 SENT = (
     "algorithm num_envs max_steps epochs minibatch_size lr gamma lmbda clip_epsilon entropy_coeff max_grad_norm hidden"
-    " updates buffer_size tau explore_start explore_end explore_frames seed threads device mode"
+    " updates buffer_size tau explore_start explore_end explore_frames seed threads device mode precision"
 ).split()
 BENCHMARL = ("benchmarl==1.5.2", "vmas==1.5.2")
 BENCHMARL_VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tdmarl" / "benchmarl-1.5.2"
@@ -278,8 +278,9 @@ def save(result: dict[str, Any], path: Path) -> None:
     """Put one scenario's result into the file, in place of an earlier one of like scenario, device, size."""
 
     def key(run: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("algorithm", "device", "threads", "num_envs", "max_steps", "mode")
-        return (run["scenario"], *(run["settings"].get(name, "mappo") for name in names))
+        names = ("algorithm", "device", "threads", "num_envs", "max_steps", "mode", "precision")
+        settings = {"algorithm": "mappo", "precision": "float32", **run["settings"]}
+        return (run["scenario"], *(settings[name] for name in names))
 
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = [run for run in runs if key(run) != key(result)] + [result]
@@ -313,7 +314,8 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         about_it = (
             f"{s.get('algorithm', 'mappo')} on {run['scenario']}, {s['num_envs']} x {s['max_steps']} frames"
         )
-        speeds.set_title(f"{about_it}, {s['device']}, {s['threads']} threads, tdmarl's mode {s['mode']}", fontsize=9)
+        rounded = ", bfloat16" if s.get("precision") == "bfloat16" else ""
+        speeds.set_title(f"{about_it}, {s['device']}, {s['threads']} threads, tdmarl's mode {s['mode']}{rounded}", fontsize=9)
         returns.xaxis.set_major_formatter("{x:,.0f}")
         returns.set(xlabel="frames", ylabel="evaluated return")
         returns.locator_params(axis="x", nbins=5)  # the numbers are long
@@ -350,6 +352,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=2, help="threads of each contender")
     add("--device", default="cpu", help="cpu or cuda, for simulation and training")
     add("--mode", default="auto", help="tdmarl's mode: auto, eager, compile or cudagraph")
+    add("--precision", default="float32", help="tdmarl's products: float32 or bfloat16; the others' are float32")
     add("--episodes", type=int, default=256, help="whole episodes of each evaluation")
     add("--eval-every", type=int, default=5, help="rounds between evaluations; first and last always are")
     add("--timeout", type=float, default=900.0, help="seconds a contender may take to answer")

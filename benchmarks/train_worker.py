@@ -59,6 +59,7 @@ class Settings:
     threads: int
     device: str
     mode: str
+    precision: str  # of tdmarl's products; the others' are float32
 
     @property
     def frames(self) -> int:
