@@ -17,7 +17,9 @@ from tdmarl.keys import Key
 if TYPE_CHECKING:
     from tdmarl.rollout import Columns
 
-_MANY_BYTES = 2**25  # of a chunk's steps; it has as few as fit, but one
+CHUNK = 16  # steps that are kept, at most, before they are written into the batch together
+_FEW_BYTES, _MANY_BYTES = 2**22, 2**25  # that a chunk's steps have at least, if there are so many, and at most
+_PARTS = 12  # of a batch, of which a chunk between these sizes is one
 _MOST_BYTES = 2**30  # of one step, all that is only used within it included
 _ALIGNED = 64  # bytes
 
@@ -73,10 +75,10 @@ class Chunk:
             entries, and what is carried on.
         present (dict): what is carried, an example.
         sums (list of keys): which of that are sums of rewards.
-        steps (int): how many at most.
+        steps (int): of a batch.
 
     Attributes:
-        steps (int): how many it has.
+        steps (int): how many it has; one, or as many as are no large part of a batch.
         now (dict): what is carried on.
 
     Raises:
@@ -96,6 +98,7 @@ class Chunk:
         self._act, self._made, self._combine, self._sums = act, made, combine, sums
         self._steps: list[_Step] = []
         self._spares = [x.clone() for x in made.recording.empty]
+        self._of_resets = Ring(0, {})  # one memory for all of them: what they make, they copy
         self._start = _Start(
             [x.clone() for x in made.state()], {key: x.clone() for key, x in present.items()}
         )
@@ -154,8 +157,9 @@ class Chunk:
         read = [*step.entries.values(), *step.state, *step.present.values(), *step.shown, *step.valid]
         memory = _Memory(read)
         kept = {n: x for n, x in enumerate(tape.allocated) if x in memory}
-        each = sum(x.nbytes for x in kept.values())
-        self.steps = max(1, min(self.parts[-1], _MANY_BYTES // max(each, 1)))
+        each, steps = sum(x.nbytes for x in kept.values()), self.parts[-1]
+        most = min(_MANY_BYTES, max(_FEW_BYTES, each * steps // _PARTS))
+        self.steps = max(1, min(CHUNK, steps, most // max(each, 1)))
         size = sum(x.nbytes for x in tape.allocated) + self.steps * each
         if size > _MOST_BYTES:
             raise NotRecordable(f"a recorded step needs {size / 1e6:.0f} MB")
@@ -179,7 +183,7 @@ class Chunk:
             for key, x in following.items():
                 if key not in shown and x in written:
                     following[key] = x.clone()
-        reset = Tape()
+        reset = Tape(self._of_resets.of_step(0))
         with reset:
             state, after, counters, lacks = made.take(found.state, found.shown, self._spares)
             pairs = list(zip([*found.state, *found.shown, *self._spares], [*state, *after, *counters]))

@@ -63,8 +63,8 @@ def generalized_advantage(
     return advantage, advantage + value
 
 
-_ROWS, _PARTS = 8_192, 64  # a critic is asked about so many rows at least, and of a batch in so many parts at most
-_ENTRIES = 2**19  # for which advantages are estimated at a time
+_ROWS, _PARTS = 2_048, 256  # a critic is asked about so many rows at least, and of a batch in so many parts at most
+_ENTRIES = 2**16  # for which advantages are estimated at a time
 
 
 class Advantage(TensorDictModuleBase):
@@ -191,8 +191,16 @@ class Advantage(TensorDictModuleBase):
         in_time = bool(self.hidden) and given.ndim == first + 1  # a recurrent critic goes through it in one pass
         if in_time or size >= given.shape[first]:
             return ask(given)
-        parts = given.split(max(1, size), first)
-        return torch.cat([ask(part) for part in parts], first)
+        found: TensorDictBase | None = None
+        before = (slice(None),) * first
+        for start in range(0, given.shape[first], max(1, size)):
+            here = *before, slice(start, start + max(1, size))
+            answer = ask(given[here])
+            if found is None:
+                found = torch.empty_like(answer[(*before, slice(1))].expand(given.shape))
+            found[here] = answer
+        assert found is not None
+        return found
 
     def _next_values(
         self, batch: TensorDictBase, written: TensorDictBase, states: dict[NestedKey, Tensor]

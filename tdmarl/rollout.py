@@ -20,13 +20,11 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdmarl import compiling, tracing
-from tdmarl.chunk import Chunk
+from tdmarl.chunk import CHUNK, Chunk
 from tdmarl.cuda_graph import Captured
 from tdmarl.functions import MOST_BUILDS, Layout, Leaves, ModuleFunction, leaves
 from tdmarl.keys import Key, as_tuple
 from tdmarl.memory import Memory
-
-CHUNK = 16  # steps whose tensors are kept before they are written into the batch together
 
 
 class Columns:
@@ -231,7 +229,7 @@ class Rollout:
 
     def _recorded(self, act: ModuleFunction | None, made: Any, present: Leaves, steps: int) -> Chunk | None:
         """Steps of policy and environment in fixed places, where these can be recorded."""
-        parts = act, made, min(CHUNK, steps)
+        parts = act, made, steps
         if act is None or not made.fits_tapes or self._unfit == parts:
             return None
         if self._chunk is None or self._chunk.parts != parts:

@@ -26,6 +26,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdmarl.cpu_graph.Compiled", lambda graph, inputs, options: graph)
     monkeypatch.setattr("tdmarl.functions.suit_cpu", lambda graph: None)
     monkeypatch.setattr("tdmarl.rollout.CHUNK", CHUNK)
+    monkeypatch.setattr(chunks, "CHUNK", CHUNK)
 
 
 class Sights(BaseScenario):
@@ -162,11 +163,30 @@ def test_a_refused_action_leaves_the_environment_before_it() -> None:
 
 @pytest.mark.parametrize(("most", "steps"), [(1, 1), (8_000, 3)])
 def test_large_steps_are_few_in_a_chunk(monkeypatch: pytest.MonkeyPatch, most: int, steps: int) -> None:
+    monkeypatch.setattr(chunks, "_FEW_BYTES", most)
     monkeypatch.setattr(chunks, "_MANY_BYTES", most)
     fused, plain = pair("simple_spread", {"mode": "compile", "max_steps": 4}, stochastic())
     for _ in range(2):
         assert_same(fused.rollout(), plain.rollout())
     assert of(fused).steps == steps  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("few", "steps"), [(1, 2), (8_000, 3)])
+def test_a_chunk_is_a_small_part_of_its_batch(monkeypatch: pytest.MonkeyPatch, few: int, steps: int) -> None:
+    """An eighth of the batch's 21 steps, or more where they are few bytes."""
+    monkeypatch.setattr(chunks, "_FEW_BYTES", few)
+    monkeypatch.setattr(chunks, "_PARTS", 8)
+    fused, plain = pair("simple_spread", {"mode": "compile", "max_steps": 4}, stochastic())
+    for _ in range(2):
+        assert_same(fused.rollout(), plain.rollout())
+    assert of(fused).steps == steps  # type: ignore[union-attr]
+
+
+def test_resets_share_their_memory() -> None:
+    fused, plain = pair("simple_spread", {"mode": "compile", "max_steps": 2}, stochastic())
+    assert_same(fused.rollout(), plain.rollout())
+    first, *others = [{x.data_ptr() for x in step.reset.allocated} for step in of(fused)._steps]  # type: ignore
+    assert first and all(places == first for places in others)
 
 
 def test_a_very_large_step_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
