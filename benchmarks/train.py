@@ -315,8 +315,9 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             f"{s.get('algorithm', 'mappo')} on {run['scenario']}, {s['num_envs']} x {s['max_steps']} frames"
         )
         rounded = ", bfloat16" if s.get("precision") == "bfloat16" else ""
-        ways = f"{s['threads']} threads, tdmarl's mode {s['mode']}{rounded}"
-        speeds.set_title(f"{about_it}, {s['device']}, {ways}", fontsize=9)
+        speeds.set_title(about_it, fontsize=9)
+        ways = f"{s['device']}, {s['threads']} threads, tdmarl's mode {s['mode']}{rounded}"
+        returns.set_title(ways, fontsize=9)
         returns.xaxis.set_major_formatter("{x:,.0f}")
         returns.set(xlabel="frames", ylabel="evaluated return")
         returns.locator_params(axis="x", nbins=5)  # the numbers are long
