@@ -16,8 +16,9 @@ def set_precision(precision: str, *networks: nn.Module) -> None:
     What a hidden :class:`AgentLinear` multiplies, and its result, are rounded to eight binary digits, in the backward
     pass too. Everything else stays float32: parameters, gradients, optimizers, normalization, activations, the last
     layer, and what is made of its output: log-probabilities, values, losses. A policy rounds alike where it acts and
-    where it learns, or ratios of its probabilities would not be one at first. CPUs with instructions for it (AVX512-BF16) multiply twice as
-    fast as in float32; on others it is mostly slower, and for trying out what a GPU will compute.
+    where it learns, or ratios of its probabilities would not be one at first. CPUs with instructions for it
+    (AVX512-BF16) multiply twice as fast as in float32; on others it is mostly slower, and for trying out what a GPU
+    will compute.
 
     Args:
         precision (str): ``float32`` or ``bfloat16``.
