@@ -8,6 +8,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from toys import ToyEnv
 
+from tdmarl import prepare
 from tdmarl.actors import gaussian_actor
 from tdmarl.critics import NormalizedCritic, ValueNorm, state_critic
 from tdmarl.prepare import Advantage, JointAdvantage, RewardNorm, TeamReward, generalized_advantage
@@ -56,7 +57,8 @@ def test_advantage_cuts_at_ends_and_bootstraps_at_the_time_limit():
 @pytest.mark.parametrize("entries", [1, 10, 12])
 def test_advantages_are_estimated_some_rows_at_a_time(entries, monkeypatch):
     """The case by hand in each of three rows, with rewards, values and results 1, 2 and 3 times as large."""
-    monkeypatch.setattr("tdmarl.prepare._ENTRIES", entries)  # rows of five: one, two and two at a time
+    pieces = prepare._ON_CPU._replace(entries=entries)  # rows of five: one, two and two at a time
+    monkeypatch.setattr(prepare, "_ON_CPU", pieces)
     td = torch.cat([batch().apply(lambda x, k=k: x if x.dtype == torch.bool else x * k) for k in (1, 2, 3)])
     td = advantage(critic())(td)
     expected = torch.tensor([6.872, 8.35, 9.0, 3.8, 5.44]) * torch.tensor([[1.0], [2.0], [3.0]])
@@ -85,8 +87,7 @@ def test_advantage_in_reward_units_with_value_normalization():
 def test_a_critic_is_asked_about_some_rows_at_a_time(monkeypatch):
     """Two of four environments' five steps each: its layers' outputs would else be larger than the batch."""
     whole = advantage(critic())(torch.cat([batch()] * 4))
-    monkeypatch.setattr("tdmarl.prepare._ROWS", 10)
-    monkeypatch.setattr("tdmarl.prepare._PARTS", 1000)
+    monkeypatch.setattr(prepare, "_ON_CPU", prepare._ON_CPU._replace(rows=10, parts=1000))
     asked, careful = [], critic()
     careful.register_forward_hook(lambda module, inputs, out: asked.append(out.numel()))
     found = advantage(careful)(torch.cat([batch()] * 4))
