@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PACKAGES = "torch", "torchrl", "tensordict", "vmas"
 # what makes processors of one name differ in speed, the fastest first
-VECTORS = {"avx512_bf16": "AVX-512, bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
+VECTORS = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 MODES = ("eager", "compile", "cudagraph")
 
